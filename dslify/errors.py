@@ -1,0 +1,55 @@
+"""What can go wrong because of what a user gave, as one tree.
+
+    DslifyError              any of them: one sentence, exit code 2, nothing written
+    ├── LoadError            a file or a name that does not become a model
+    │   └── UntrustedError   a file that asks for classes which nobody vouched for
+    ├── CaptureError         torch.export cannot see through the model
+    ├── CutError             there is no such cut point, or it cannot be cut
+    ├── OptionError          a width, a share, a shape ... outside its range
+    ├── VerifyError          what the surgery built failed its own checks
+    ├── StoreError           a .dsl file that cannot be read or written
+    ├── DataError            no usable data
+    └── TrainError           fine-tuning cannot start or go on
+
+The message is the whole message: it names the thing, what was found, what was expected and the way out.
+"""
+
+
+class DslifyError(Exception):
+    """Base of every error whose cause is the user's input."""
+
+
+class LoadError(DslifyError):
+    pass
+
+
+class UntrustedError(LoadError):
+    pass
+
+
+class CaptureError(DslifyError):
+    pass
+
+
+class CutError(DslifyError):
+    pass
+
+
+class OptionError(DslifyError, ValueError):
+    pass
+
+
+class VerifyError(DslifyError):
+    pass
+
+
+class StoreError(DslifyError):
+    pass
+
+
+class DataError(DslifyError):
+    pass
+
+
+class TrainError(DslifyError):
+    pass

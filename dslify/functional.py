@@ -1,0 +1,107 @@
+"""Rewrites of a captured graph that keep its function: in-place operators become functional, assertions go.
+
+An in-place operator behind the cut would write into the base's activation, which the other path still needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+_ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range")
+_IDENTITY_IN_EVAL = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+
+
+def op_name(node: fx.Node) -> str:
+    """ "aten.relu_.default" for an ATen call, else "" """
+    return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def tensor_at(module: nn.Module, target: str) -> Any:
+    """The parameter, buffer or attribute under a dotted name."""
+    owner, _, name = target.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy; torch 2.12 warns of its own deprecation when a graph's pytree spec is copied."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(module, memo)
+
+
+def drop_assertions(graph: fx.Graph) -> None:
+    """Remove run-time assertions: the guards at the inputs cover shapes, and a narrow copy has other ones inside."""
+    for node in reversed(graph.nodes):
+        parts = op_name(node).split(".")
+        if len(parts) > 1 and parts[1] in _ASSERTIONS:
+            graph.erase_node(node)
+
+
+def functionalise(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """Replace in-place ATen operators by functional ones; returns those that had to stay (they write through a view)."""
+    order = {node: at for at, node in enumerate(graph.nodes)}
+    kept = []
+    for node in list(graph.nodes):
+        functional = functional_overload(node)
+        if functional is None:
+            continue
+        written = node.args[0]
+        if _seen_through_alias(written, node, order):
+            kept.append(node)
+            continue
+        node.target = functional
+        for user in list(written.users):
+            if user is not node and order[user] > order[node]:
+                user.replace_input_with(written, node)
+    return tuple(kept)
+
+
+def functional_overload(node: fx.Node) -> Any:
+    """The functional overload of an in-place ATen call, None for any other node."""
+    parts = op_name(node).split(".")
+    if len(parts) != 3 or not parts[1].endswith("_") or parts[1].endswith("__"):
+        return None
+    packet = getattr(getattr(torch.ops, parts[0]), parts[1][:-1], None)
+    return getattr(packet, parts[2], None)
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether an ATen call writes into one of its arguments."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in node.target._schema.arguments)
+
+
+def aliases(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory the node's value may share, if any."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        is_getitem = node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+        return node.args[0] if is_getitem and isinstance(node.args[0], fx.Node) else None
+    name = op_name(node).split(".")[1]
+    shares = any(value.alias_info is not None for value in node.target._schema.returns) or name in _IDENTITY_IN_EVAL
+    return node.args[0] if shares and node.args and isinstance(node.args[0], fx.Node) else None
+
+
+def _root(node: fx.Node) -> fx.Node:
+    while (below := aliases(node)) is not None:
+        node = below
+    return node
+
+
+def _seen_through_alias(written: Any, writer: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether somebody after `writer` reads the written memory under another name than `written`."""
+    root = _root(written)
+    if root.op in ("placeholder", "get_attr"):
+        return True
+    names = {root}
+    for node in order:
+        below = aliases(node)
+        if below in names and node is not writer:
+            names.add(node)
+    downstream = {written}
+    return any(order[user] > order[writer] for name in names - downstream for user in name.users if user is not writer)

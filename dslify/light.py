@@ -1,0 +1,142 @@
+"""AxisMap + kept sizes -> the light graph: the region again, narrower, with inherited weights."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from .axes import AxisMap, Kept, sizes
+from .functional import op_name, tensor_at
+from .rules import Axis, arguments, indices, project, set_argument
+
+aten = torch.ops.aten
+
+
+def strongest(axes: AxisMap, kept: Kept) -> dict[Axis, Tensor]:
+    """For each atom the entries to keep, in order: those with the largest L2 norm over all parameters that contain it."""
+    strength: dict[Axis, Tensor] = {}
+    for name in axes.weights():
+        weight = tensor_at(axes.region, name)
+        if not weight.is_floating_point():
+            continue
+        squares = weight.detach().double().square()
+        for at, axis in enumerate(axes.parameters[name]):
+            others = [dim for dim in range(squares.dim()) if dim != at]
+            for atom, share in project(squares.sum(others) if others else squares, axis):
+                if atom in kept:
+                    strength[atom] = strength.get(atom, 0) + share
+    return {atom: strength[atom].topk(size).indices.sort().values for atom, size in kept.items()}
+
+
+def build(axes: AxisMap, kept: Kept, projected: frozenset[int] = frozenset()) -> fx.GraphModule:
+    """The narrow copy of the region: (cut, *crossing) -> tuple, its own parameters named as the region's.
+
+    projected: boundaries at which a 1x1 projection changes the width; it starts as the selection of the kept channels.
+    """
+    chosen = strongest(axes, kept)
+    size = sizes(kept)
+    root = nn.Module()
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    entering = {b.node: at for at, b in enumerate(axes.boundaries) if b.is_input}
+    leaving = {b.node: at for at, b in enumerate(axes.boundaries) if not b.is_input}
+    tensors: dict[int, Any] = {}
+    placeholders = [node for node in axes.region.graph.nodes if node.op == "placeholder"]
+    for node in placeholders:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+    for node in placeholders:
+        if entering.get(node) in projected:
+            env[node] = _project(graph, root, axes, entering[node], chosen, env[node])
+    for node in axes.region.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            outs = [_project(graph, root, axes, leaving[n], chosen, env[n]) if leaving.get(n) in projected else env[n] for n in node.args[0]]
+            graph.output(tuple(outs))
+            continue
+        if node.op == "get_attr" and node.target in axes.parameters:
+            _narrow(root, axes, node.target, chosen, tensors)
+        elif node.op == "get_attr":
+            _assign(root, str(node.target), tensor_at(axes.region, str(node.target)))
+        copied = graph.node_copy(node, lambda n: env[n])
+        env[node] = _resized(graph, axes, node, copied, size, kept, env)
+    module = fx.GraphModule(root, graph, class_name="Light")
+    module.eval()
+    return module
+
+
+def _narrow(root: nn.Module, axes: AxisMap, target: str, chosen: dict[Axis, Tensor], tensors: dict[int, Any]) -> None:
+    """Put the kept entries of one parameter or buffer under the same name; tied ones stay tied."""
+    source = tensor_at(axes.region, target)
+    if id(source) not in tensors:
+        value = source.detach()
+        for at, axis in enumerate(axes.parameters[target]):
+            if any(atom in chosen for atom in axis.atoms()):
+                value = value.index_select(at, indices(axis, chosen.get).to(value.device))
+        value = value.clone(memory_format=torch.contiguous_format)
+        is_weight = isinstance(source, nn.Parameter)
+        tensors[id(source)] = nn.Parameter(value, value.is_floating_point()) if is_weight else value
+    _assign(root, target, tensors[id(source)])
+
+
+def _assign(root: nn.Module, target: str, value: Any) -> None:
+    owner = root
+    *path, name = target.split(".")
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(name, value)
+    elif isinstance(value, Tensor):
+        owner.register_buffer(name, value)
+    else:
+        setattr(owner, name, value)
+
+
+def _resized(graph: fx.Graph, axes: AxisMap, old: fx.Node, new: fx.Node, size: Any, kept: Kept, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Write the size arguments of a copied node anew."""
+    name = op_name(old)
+    if name == "aten.sym_size.int":
+        axis = axes.binding.terms[old.args[0]][old.args[1]].find()
+        before, after = axis.hint, size(axis)
+        if before != after:  # the graph goes on to reckon in the original sizes
+            shared = math.gcd(before, after)
+            scaled = graph.call_function(operator.mul, (new, before // shared))
+            return graph.call_function(operator.floordiv, (scaled, after // shared))
+        return new
+    for argument, compute in axes.binding.rewrites.get(old, {}).items() if kept else ():
+        value = map_arg(compute(size), lambda n: env[n])
+        if argument == "split_sizes" and "split_with_sizes" not in name:
+            new.target, new.args, new.kwargs = aten.split_with_sizes.default, (new.args[0], value, arguments(old)["dim"]), {}
+        else:
+            set_argument(new, argument, value)
+    return new
+
+
+def _project(graph: fx.Graph, root: nn.Module, axes: AxisMap, at: int, chosen: dict[Axis, Tensor], value: fx.Node) -> fx.Node:
+    """A 1x1 projection of one boundary's channels: selection on the way in, its transpose on the way out."""
+    boundary = axes.boundaries[at]
+    keep = indices(boundary.channels, chosen.get)
+    whole, dtype = boundary.channels.hint, boundary.node.meta["val"].dtype
+    selection = torch.zeros(len(keep), whole, dtype=dtype)
+    selection[torch.arange(len(keep)), keep] = 1
+    matrix = selection if boundary.is_input else selection.T.contiguous()
+    axis, rank = boundary.channel_axis or 0, len(boundary.axes)
+    convolution = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}.get(rank)
+    name = f"projection{at}"
+    if axis == 1 and convolution is not None:
+        root.register_parameter(name, nn.Parameter(matrix.reshape(*matrix.shape, *[1] * (rank - 2))))
+        return graph.call_function(convolution, (value, graph.create_node("get_attr", name)))
+    root.register_parameter(name, nn.Parameter(matrix))
+    weight = graph.create_node("get_attr", name)
+    if axis == rank - 1:
+        return graph.call_function(aten.linear.default, (value, weight))
+    last = graph.call_function(aten.transpose.int, (value, axis, -1))
+    return graph.call_function(aten.transpose.int, (graph.call_function(aten.linear.default, (last, weight)), axis, -1))
+

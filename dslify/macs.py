@@ -1,0 +1,51 @@
+"""Multiply-accumulates by running on fake tensors under torch's own counter (1 MAC = 2 FLOP)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def fake(tree: Any) -> tuple[Any, FakeTensorMode]:
+    """A tree of tensors as fake ones (shapes without storage), and their mode."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return pytree.tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, tree), mode
+
+
+def count(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[int, Any]:
+    """(MACs of one call, its outputs as fake tensors)."""
+    (args, kwargs), mode = fake((args, kwargs))
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), mode, counter:
+        outputs = call(*args, **kwargs)
+    return counter.get_total_flops() // 2, outputs
+
+
+def node_macs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[fx.Node, int]:
+    """MACs of every node of a captured graph at the example's size, per call (divide by its batch for one sample)."""
+    (args, kwargs), mode = fake((args, kwargs))
+    flat = pytree.tree_leaves((args, kwargs))
+    counter = FlopCounterMode(display=False)
+    found: dict[fx.Node, int] = {}
+
+    class Counting(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            before = counter.get_total_flops()
+            result = super().run_node(n)
+            found[n] = (counter.get_total_flops() - before) // 2
+            return result
+
+    with torch.no_grad(), mode, counter:
+        Counting(module).run(*flat, enable_io_processing=False)
+    return found
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Values of the parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,91 @@
+"""What a surgery did, as a frozen value that prints, compares and goes through JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .axes import AxisMap, Kept, sizes
+from .errors import StoreError
+from .functional import tensor_at
+
+
+@dataclass(frozen=True)
+class NarrowedTensor:
+    """One parameter or buffer of the light path: shapes before and after, and per unchanged axis why it stayed."""
+
+    name: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    why: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A learned 1x1 projection between the full and the narrow channels of a value at the region's boundary."""
+
+    value: str
+    entering: bool
+    full_channels: int
+    light_channels: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The surgery at one cut.
+
+    at, scope, width: as asked (at: inside the scope). dynamic: which axes may vary. crossing: values the region reads
+    besides the cut. params, macs: of "base", "full" and "light" (MACs per sample at the example's size, by the rules).
+    ledger: operators without a rule, whose axes stayed at full width.
+    """
+
+    at: str
+    scope: str | None
+    width: float
+    dynamic: str
+    cut_shape: tuple[str, ...]
+    crossing: tuple[str, ...]
+    params: dict[str, int]
+    macs: dict[str, int]
+    projections: tuple[Projection, ...]
+    tensors: tuple[NarrowedTensor, ...]
+    ledger: dict[str, list[str]]
+    light: str = "narrow"
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of to_json; unknown or missing keys raise StoreError."""
+        known = {field.name for field in fields(cls)}
+        if set(data) != known:
+            odd = ", ".join(sorted(set(data) ^ known))
+            raise StoreError(f"The stored plan does not fit this version of dslify: {odd}.")
+        lists = {name: tuple(data[name]) for name in ("cut_shape", "crossing")}
+        projections = tuple(Projection(**item) for item in data["projections"])
+        tensors = tuple(NarrowedTensor(**{key: value if key == "name" else tuple(value) for key, value in item.items()}) for item in data["tensors"])
+        return cls(**{**data, **lists, "projections": projections, "tensors": tensors})
+
+
+def narrowed(axes: AxisMap, kept: Kept, projected: frozenset[int]) -> tuple[NarrowedTensor, ...]:
+    """One row per parameter and buffer of the region."""
+    size = sizes(kept)
+    rows = []
+    for name, terms in axes.parameters.items():
+        before = tuple(tensor_at(axes.region, name).shape)
+        after = tuple(size(axis) for axis in terms)
+        why = []
+        for axis, old, new in zip(terms, before, after, strict=True):
+            reasons = [axes.kept_because(atom, projected) for atom in axis.atoms()] if old == new else []
+            why.append(next((str(reason) for reason in reasons if reason), ""))
+        rows.append(NarrowedTensor(name, before, after, tuple(why)))
+    return tuple(rows)
+
+
+def projections(axes: AxisMap, kept: Kept, projected: frozenset[int]) -> tuple[Projection, ...]:
+    size = sizes(kept)
+    chosen = [axes.boundaries[at] for at in sorted(projected)]
+    return tuple(Projection(b.node.name, b.is_input, b.channels.hint, size(b.channels)) for b in chosen)

@@ -1,0 +1,262 @@
+"""Mask, Switch and the layer that holds them: where the network is cut, and which path an input takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import OptionError
+
+Route = Literal["full", "light", "mixed", "both"]
+ROUTES: tuple[Route, ...] = ("full", "light", "mixed", "both")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a value keeps its samples.
+
+    axis: the batch axis, or None when all samples share the value.
+    per_sample: consecutive entries of that axis that belong to one sample (windows or heads merged into the batch).
+    scales: for integers, the value is a multiple of the batch size.
+    """
+
+    axis: int | None = None
+    per_sample: int = 1
+    scales: bool = False
+
+    def take(self, value: Any, index: Tensor, batch: int) -> Any:
+        """The part of `value` that belongs to the samples in `index`, out of `batch` samples."""
+        if self.scales:
+            return value // batch * len(index)
+        if self.axis is None or not isinstance(value, Tensor):
+            return value
+        return value.index_select(self.axis, self._entries(index))
+
+    def put(self, whole: Tensor, part: Tensor, index: Tensor) -> Tensor:
+        """`whole` with the samples in `index` replaced by `part`."""
+        if self.axis is None:
+            return part
+        return whole.index_copy(self.axis, self._entries(index), part)
+
+    def rows(self, value: Tensor) -> Tensor:
+        """One row a sample: (batch, everything else). The value must have a batch axis."""
+        first = value.movedim(self.axis or 0, 0)
+        return first.reshape(first.shape[0] // self.per_sample, -1)
+
+    def _entries(self, index: Tensor) -> Tensor:
+        if self.per_sample == 1:
+            return index
+        steps = torch.arange(self.per_sample, device=index.device)
+        return (index[:, None] * self.per_sample + steps).flatten()
+
+
+class Mask(nn.Module):
+    """Compresses the activation at the cut: one weight per channel (or element), driven to exact zero by L1.
+
+    The weights start at 1 and pass a soft threshold that leaves 1 exactly at 1, so a fresh mask changes nothing.
+    Source: DSL (arXiv 2404.04405) Eq. 2; the soft threshold is ours, the papers do not say how zeros become exact.
+
+    shape: the weights' shape, broadcast against the activation (1 on every axis that is not masked).
+    """
+
+    SOFT = 2.0**-7  # a power of two: (1 - SOFT) / (1 - SOFT) and 1 - SOFT are exact in every float format
+
+    def __init__(self, shape: Sequence[int]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(tuple(shape)))
+
+    def effective(self) -> Tensor:
+        """The factors after the soft threshold, same shape as `weight`."""
+        shrunk = functional.relu(self.weight.abs() - self.SOFT) / (1 - self.SOFT)
+        return self.weight.sign() * shrunk
+
+    def sparsity(self) -> float:
+        """Share of factors that are exactly zero."""
+        return (self.effective() == 0).float().mean().item()
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value * self.effective()
+
+
+class Switch(nn.Module):
+    """Predicts how far the light answer would be from the full one, from mean and deviation over the free axes.
+
+    A small MLP with softplus: the score is non-negative, in the units of the relative difference. Deviations enter as
+    logarithms, because the difference spans orders of magnitude between silence and speech.
+
+    channels: size of the channel axis of the cut. hidden: width of the MLP.
+    """
+
+    FLOOR = 1e-5  # of a deviation, before its logarithm
+
+    def __init__(self, channels: int, hidden: int = 16):
+        super().__init__()
+        self.hidden = nn.Linear(2 * channels, hidden)
+        self.out = nn.Linear(hidden, 1)
+        self.register_buffer("offset", torch.zeros(2 * channels))
+        self.register_buffer("spread", torch.ones(2 * channels))
+
+    def features(self, value: Tensor) -> Tensor:
+        """(batch, entries, channels) -> (batch, 2 channels), not standardised."""
+        deviation = (value.var(1, correction=0) + self.FLOOR**2).sqrt()
+        return torch.cat([value.mean(1), deviation.log()], dim=1)
+
+    def standardise(self, features: Tensor) -> None:
+        """Fix offset and spread of the features from a sample of them, (n, 2 channels)."""
+        self.offset.copy_(features.mean(0))
+        self.spread.copy_(features.std(0, correction=0).clamp_min(1e-3))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """(batch, entries, channels) -> (batch,)"""
+        normal = (self.features(value) - self.offset) / self.spread
+        return functional.softplus(self.out(functional.silu(self.hidden(normal))).squeeze(1))
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What the last forward of a DSLayer saw. Outputs are tuples, one entry per value that leaves the region.
+
+    masked: the activation after the mask. score: (batch,). light_taken: (batch,) bool, which samples went light.
+    full, light: None for a path that did not run on the whole batch. original: the full path on the unmasked
+    activation, only in training while the mask is being trained (the anchor needs it).
+    """
+
+    masked: Tensor
+    score: Tensor
+    light_taken: Tensor | None = None
+    full: tuple[Any, ...] | None = None
+    light: tuple[Any, ...] | None = None
+    original: tuple[Any, ...] | None = None
+
+
+class DSLayer(nn.Module):
+    """The Dynamic Switch Layer: mask + switch + light + full + routing, one node of the network's graph.
+
+    A call takes the activation at the cut and the crossing values and returns what the region returns: one value, or
+    a tuple where several leave it. light and full: modules from (cut, *crossing) to a tuple.
+
+    inputs, outputs: Layouts of (cut, *crossing) and of the outputs. channel_axis: of the cut.
+    plan: what the surgery did (dslify.insert), or None. threshold: buffer, in units of relative difference; 0 (never
+    light) until calibrated. scale: buffer, one per output, the mean absolute full output; 0 until measured.
+    """
+
+    def __init__(
+        self,
+        mask: Mask,
+        switch: Switch,
+        light: nn.Module,
+        full: nn.Module,
+        inputs: Sequence[Layout],
+        outputs: Sequence[Layout],
+        channel_axis: int,
+        routable: bool = True,
+        plan: Any = None,
+    ):
+        super().__init__()
+        self.mask, self.switch, self.light, self.full = mask, switch, light, full
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.channel_axis = channel_axis
+        self.routable = routable
+        self.plan = plan
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("scale", torch.zeros(len(self.outputs)))
+        self.route: Route | None = None
+        self.paths: Paths | None = None
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold.item():.4g}, route={self.route or 'mixed in eval, both in training'}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "paths": None}  # tensors of a graph cannot be copied
+
+    def pooled(self, value: Tensor) -> Tensor:
+        """The cut's activation as the switch reads it: (batch, entries, channels)."""
+        layout = self.inputs[0]
+        first = value.movedim((layout.axis or 0, self.channel_axis), (0, -1))
+        batch = first.shape[0] // layout.per_sample
+        return first.reshape(batch, -1, first.shape[-1])
+
+    def forward(self, cut: Tensor, *crossing: Any) -> Any:
+        route = self.route or ("both" if self.training else "mixed")
+        masked = self.mask(cut)
+        inputs = (masked, *crossing)
+        paths = Paths(masked, self.switch(self.pooled(masked)))
+        if route == "mixed":
+            outputs, paths = self._mixed(inputs, paths)
+        else:
+            if route in ("light", "both"):
+                paths = replace(paths, light=self.light(*inputs))
+            if route in ("full", "both"):
+                paths = replace(paths, full=self.full(*inputs))
+            outputs = paths.light if route == "light" else paths.full
+            if route == "both" and self.mask.weight.requires_grad and torch.is_grad_enabled():
+                with torch.no_grad():
+                    paths = replace(paths, original=self.full(cut, *crossing))
+        self.paths = paths
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _mixed(self, inputs: tuple[Any, ...], paths: Paths) -> tuple[tuple[Any, ...], Paths]:
+        """Each sample on its own path; a path that no sample takes does not run."""
+        taken = paths.score < self.threshold
+        if not self.routable:  # samples cannot be told apart: the batch goes light only if each one may
+            taken = taken.all().expand_as(taken)
+        paths = replace(paths, light_taken=taken)
+        if taken.all():
+            light = self.light(*inputs)
+            return light, replace(paths, light=light)
+        if not taken.any():
+            full = self.full(*inputs)
+            return full, replace(paths, full=full)
+        batch = len(taken)
+        at_light, at_full = taken.nonzero().squeeze(1), (~taken).nonzero().squeeze(1)
+        light = self.light(*self._part(inputs, at_light, batch))
+        full = self.full(*self._part(inputs, at_full, batch))
+        merged = [
+            self._merge(layout, mine, theirs, at_light, at_full)
+            for layout, mine, theirs in zip(self.outputs, light, full, strict=True)
+        ]
+        return tuple(merged), paths
+
+    def _part(self, inputs: tuple[Any, ...], index: Tensor, batch: int) -> list[Any]:
+        return [layout.take(value, index, batch) for layout, value in zip(self.inputs, inputs, strict=True)]
+
+    @staticmethod
+    def _merge(layout: Layout, light: Any, full: Any, light_index: Tensor, full_index: Tensor) -> Any:
+        if layout.axis is None or not isinstance(full, Tensor):
+            return full
+        shape = list(full.shape)
+        shape[layout.axis] = (len(light_index) + len(full_index)) * layout.per_sample
+        whole = full.new_empty(shape)
+        return layout.put(layout.put(whole, full, full_index), light.to(full.dtype), light_index)
+
+
+def dsl_layers(net: nn.Module) -> tuple[DSLayer, ...]:
+    """Every DSLayer of a network, outermost first."""
+    return tuple(module for module in net.modules() if isinstance(module, DSLayer))
+
+
+@contextmanager
+def route(net: nn.Module, mode: Route) -> Iterator[nn.Module]:
+    """Send everything down one path within the block: "full", "light", "mixed" (per sample) or "both" (returns full).
+
+    Raises OptionError for another word, or for a network without a DSLayer.
+    """
+    if mode not in ROUTES:
+        raise OptionError(f"route is one of {', '.join(ROUTES)}; got {mode!r}.")
+    layers = dsl_layers(net)
+    if not layers:
+        raise OptionError("This network holds no Dynamic Switch Layer; put one in with dslify.insert(net, at=...).")
+    before = [layer.route for layer in layers]
+    for layer in layers:
+        layer.route = mode
+    try:
+        yield net
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.route = old
