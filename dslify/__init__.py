@@ -5,7 +5,9 @@ The public names, imported when first used, so that `import dslify` and `dslify 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -27,7 +29,7 @@ _ROOMS = {
     "measure": ["evaluate"],
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from .calibrate import calibrate as calibrate
@@ -40,10 +42,19 @@ if TYPE_CHECKING:
     from .train import finetune as finetune
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
+class _Index(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-        # a room and its main function share a name (insert, cost, calibrate): the function is the public one
-        globals()[name] = value
+        super().__setattr__(name, value)
         return value
-    raise AttributeError(f"module 'dslify' has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # some rooms bear the name of their main function (insert, cost, calibrate): the function is the public one, and
+        # the import system must not bind the room over it
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Index

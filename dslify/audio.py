@@ -83,10 +83,10 @@ def read_clip(file: AudioFile, shape: tuple[int, ...], rate: int) -> Clip:
     A last piece of at least half the length is completed with zeros, a shorter one is left out. A file that cannot be
     used comes back as a reason; nothing is raised for it.
     """
+    if not file.path.is_file():
+        return Clip(reason="no such file")
     try:
         sound, own_rate = soundfile.read(file.path, dtype="float32", always_2d=True)
-    except FileNotFoundError:
-        return Clip(reason="no such file")
     except (soundfile.SoundFileError, OSError, ValueError) as error:
         why = getattr(error, "error_string", None) or str(error).strip() or type(error).__name__
         return Clip(reason=f"not readable as audio: {why.rstrip('.')}")

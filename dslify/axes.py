@@ -97,7 +97,11 @@ class AxisMap:
 
     def weights(self) -> list[str]:
         """Targets that are nn.Parameters, tied ones once."""
-        by_id = {id(tensor_at(self.region, name)): name for name in self.parameters if isinstance(tensor_at(self.region, name), nn.Parameter)}
+        by_id = {
+            id(tensor_at(self.region, name)): name
+            for name in self.parameters
+            if isinstance(tensor_at(self.region, name), nn.Parameter)
+        }
         return list(by_id.values())
 
 
@@ -116,7 +120,11 @@ def analyse(region: fx.GraphModule) -> AxisMap:
     for node in region.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            b.terms[node] = tuple(b.one() if size == 1 else b.neutral(size) for size in value.shape) if isinstance(value, Tensor) else ()
+            b.terms[node] = (
+                tuple(b.one() if size == 1 else b.neutral(size) for size in value.shape)
+                if isinstance(value, Tensor)
+                else ()
+            )
             if isinstance(value, Tensor):
                 inputs.append(node)
         elif node.op == "get_attr":
@@ -126,7 +134,9 @@ def analyse(region: fx.GraphModule) -> AxisMap:
                 continue
             b.terms[node] = parameters[node.target] = tied.setdefault(id(tensor), b.parameter(tensor))
         elif node.op == "output":
-            outputs = [out for out in node.args[0] if isinstance(out, fx.Node) and isinstance(out.meta.get("val"), Tensor)]
+            outputs = [
+                out for out in node.args[0] if isinstance(out, fx.Node) and isinstance(out.meta.get("val"), Tensor)
+            ]
         else:
             b.terms[node] = _bind(b, node)
     ties: dict[Axis, set[tuple[int, int]]] = {}
@@ -149,7 +159,7 @@ def _bind(b: Binding, node: fx.Node) -> Any:
     if name in RULES:
         return RULES[name](b, node)
     if getattr(node.target, "__name__", "") == "getitem" and node.op == "call_function":
-        return b.terms[node.args[0]][node.args[1]]
+        return b.terms[node.args[0]][node.args[1]]  # type: ignore[index]
     b.ledger.setdefault(name or str(node.target), []).append(node.name)
     return b.unknown(node)
 
@@ -232,7 +242,8 @@ def _products(axes: AxisMap) -> Iterator[Axis]:
 
 
 def rounded(size: int, share: float) -> int:
-    """Entries to keep of `size`: at least 1; wide axes to a multiple of 4, which kernels like and costs nothing on average."""
+    """Entries to keep of `size`: at least 1; wide axes to a multiple of 4, which kernels like
+    and which costs nothing on average."""
     exact = size * share
     if exact >= size - 1e-9:
         return size
@@ -266,4 +277,6 @@ def _projectable(axes: AxisMap, at: int) -> bool:
         return False
     atoms = leaves(boundary.axes[boundary.channel_axis])
     everything = frozenset(range(len(axes.boundaries)))
-    return isinstance(symbolic(boundary.channels.size), int) and any(axes.shrinks(a, everything) for t in atoms for a in t.atoms())
+    return isinstance(symbolic(boundary.channels.size), int) and any(
+        axes.shrinks(a, everything) for t in atoms for a in t.atoms()
+    )

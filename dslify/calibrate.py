@@ -26,7 +26,6 @@ from .train import History
 
 FEWEST = 20  # samples: with fewer, one sample moves the share by more than 5 points
 MARGIN = 2.0**-16  # relative: how far above the largest score a threshold lies that sends all samples light
-TINY = 1e-30  # the same where the largest score is 0
 
 Metric = Callable[[Any, Any], Any]
 
@@ -126,18 +125,18 @@ def calibrate(
     seen = collect(net, samples, batch_size=batch_size, progress=progress)
     ordered, counts = levels(seen.score)
     risk = risk_by_count(seen.score, seen.difference)
-    if max_difference is None:
-        k = nearest_count(counts, float(light_share or 0.0) * count)
+    if light_share is not None:
+        k = nearest_count(counts, light_share * count)
     else:
-        k = largest_count(counts, risk, max_difference)
+        k = largest_count(counts, risk, float(max_difference or 0))
     tau = threshold_after(ordered, k, layer.threshold.dtype)
     layer.threshold.fill_(tau)
     layer.scale.copy_(seen.scale)
     share, mean, sources = k / count, float(risk[k]), len(set(seen.sources))
-    if max_difference is None:
+    if light_share is not None:
         how = (
             f"share: {k} of {count} samples from {sources} sources score under it "
-            f"({share:.1%}, asked for {light_share:.1%})"
+            f"({100 * share:.1f} %, asked for {100 * light_share:.1f} %)"
         )
     else:
         how = (
@@ -200,9 +199,12 @@ def threshold_after(ordered: np.ndarray, k: int, dtype: torch.dtype = torch.floa
     if k == 0:
         return stored(min(0.0, float(ordered[0])))
     below = float(ordered[k - 1])
-    above = float(ordered[k]) if k < len(ordered) else below + max(abs(below) * MARGIN, TINY)
-    middle = stored((below + above) / 2)
-    return middle if below < middle <= above else stored(above)
+    if k < len(ordered):
+        above = float(ordered[k])
+        middle = stored((below + above) / 2)
+        return middle if below < middle <= above else stored(above)
+    least = torch.tensor(below, dtype=dtype).nextafter(torch.tensor(math.inf, dtype=dtype)).item()
+    return max(least, stored(below + abs(below) * MARGIN))
 
 
 def collect(

@@ -86,16 +86,18 @@ class Output:
                 console.print(part)
 
 
-def number(name: str, text: str, words: str, above: float = -math.inf, most: float = math.inf) -> float:
-    """`text` as a number with above < number <= most.
+def number(
+    name: str, text: str, words: str, above: float = -math.inf, least: float = -math.inf, most: float = math.inf, below: float = math.inf
+) -> float:
+    """`text` as a finite number with above < number < below and least <= number <= most.
 
-    words: the allowed range, as the message says it. Raises OptionError: "width must be above 0 and at most 1; got 1.5".
+    words: the allowed range, as the message says it. Raises OptionError: "width must be above 0 and at most 1; got 1.5."
     """
     try:
         value = float(text)
     except ValueError:
-        raise OptionError(f"{name} must be a number {words}; got {text!r}.") from None
-    if not above < value <= most:
+        raise OptionError(f"{name} must be {words}; got {text!r}.") from None
+    if not (above < value < below and least <= value <= most and math.isfinite(value)):
         raise OptionError(f"{name} must be {words}; got {text}.")
     return value
 
@@ -109,6 +111,12 @@ def whole(name: str, text: str, least: int = 0) -> int:
     if value < least:
         raise OptionError(f"{name} must be a whole number of at least {least}; got {text}.")
     return value
+
+
+def size_of(path: Path) -> str:
+    """"275 kB", of a file."""
+    size = path.stat().st_size
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{max(1, round(size / 1e3))} kB"
 
 
 def _fail(sentence: str) -> int:

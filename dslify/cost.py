@@ -41,7 +41,9 @@ def cost(net: nn.Module) -> tuple[Cost, ...]:
     if len(layers) != 1:
         raise OptionError(f"cost() reads networks with one Dynamic Switch Layer; this one has {len(layers)}.")
     layer = layers[0]
-    graph = next(module for module in net.modules() if isinstance(module, fx.GraphModule) and layer in module.children())
+    graph = next(
+        module for module in net.modules() if isinstance(module, fx.GraphModule) and layer in module.children()
+    )
     example = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in graph.meta["dslify"]["example"]]
     samples = max(1, example[0].shape[0]) if example and example[0].dim() else 1
     calls: list[tuple[Any, ...]] = []
@@ -49,7 +51,7 @@ def cost(net: nn.Module) -> tuple[Cost, ...]:
     before = layer.paths
     try:
         with route(net, "full"):
-            whole, whole_bytes = _run(lambda *inputs: _flat(graph, inputs), graph, example)
+            whole, base_bytes = _run(lambda *inputs: _flat(graph, inputs), graph, example)
         inputs = calls[-1]
         parts = {name: _run(getattr(layer, name), getattr(layer, name), inputs) for name in ("light", "full")}
     finally:
@@ -59,11 +61,13 @@ def cost(net: nn.Module) -> tuple[Cost, ...]:
     switch_bytes = inputs[0].numel() * inputs[0].element_size()  # the masked activation
     switch_params = parameter_count(layer.mask) + parameter_count(layer.switch)
     rest = parameter_count(graph) - parameter_count(layer) + _shared(graph, layer)
-    full_macs, full_bytes = parts["full"]
     return (
-        Cost("base", rest, (whole - full_macs - switch_macs) // samples, max(0, whole_bytes - full_bytes) // samples),
+        Cost("base", rest, (whole - parts["full"][0] - switch_macs) // samples, base_bytes // samples),
         Cost("switch", switch_params, switch_macs // samples, switch_bytes // samples),
-        *(Cost(name, parameter_count(getattr(layer, name)), macs // samples, size // samples) for name, (macs, size) in parts.items()),
+        *(
+            Cost(name, parameter_count(getattr(layer, name)), macs // samples, size // samples)
+            for name, (macs, size) in parts.items()
+        ),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .capture import Graph, capture, scope_inputs
 from .errors import CutError
-from .functional import tensor_at, writes_in_place
+from .functional import parameters_read, writes_in_place
 from .macs import node_macs
 
 
@@ -55,7 +55,11 @@ def exits(graph: fx.Graph) -> dict[str, fx.Node | str]:
                 calls.setdefault(path, set()).add(key)
     found: dict[str, fx.Node | str] = {}
     for path, nodes in inside.items():
-        leaving = [node for node in graph.nodes if node in nodes and _is_tensor(node) and any(user not in nodes for user in node.users)]
+        leaving = [
+            node
+            for node in graph.nodes
+            if node in nodes and _is_tensor(node) and any(user not in nodes for user in node.users)
+        ]
         if len(calls[path]) > 1:
             found[path] = f"it is called {len(calls[path])} times"
         elif len(leaving) > 1:
@@ -74,11 +78,15 @@ def find_cut(graph: fx.Graph, at: str, module: nn.Module | None = None) -> fx.No
     usable = [path for path, node in places.items() if isinstance(node, fx.Node)]
     if isinstance(found, fx.Node):
         if found.op in ("placeholder", "get_attr"):
-            raise CutError(f"--at {at}: this is an input or a parameter; cut behind a layer, such as {', '.join(usable[:3])}.")
+            raise CutError(
+                f"--at {at}: this is an input or a parameter; cut behind a layer, such as {', '.join(usable[:3])}."
+            )
         return found
     near = difflib.get_close_matches(at, usable, n=3, cutoff=0) or usable[:3]
     if isinstance(found, str):
-        raise CutError(f"--at {at}: {found}, and a cut needs one tensor that is computed once; near it are {', '.join(near)}.")
+        raise CutError(
+            f"--at {at}: {found}, and a cut needs one tensor that is computed once; near it are {', '.join(near)}."
+        )
     known = module is not None and any(name == at for name, _ in module.named_modules())
     what = "this module computes nothing on its own" if known else "no such module in the network"
     raise CutError(f"--at {at}: {what}; the nearest cut points are {', '.join(near)}.")
@@ -94,21 +102,35 @@ def partition(graph: fx.Graph, cut: fx.Node, to: fx.Node | None = None) -> Parti
             behind.add(node)
     output = nodes[-1]
     wanted = (_ancestors(to) | {to}) if to is not None else _ancestors(output)
-    if to is not None and to not in behind or to is cut:
+    if (to is not None and to not in behind) or to is cut:
         raise CutError(f"--to {to}: it does not come after the cut {cut}.")
     # sizes of base values are computed in the base: the whole value would have to cross for them otherwise
     for node in nodes:
-        if node not in behind and node not in base and not _is_tensorial(node) and all(used in base for used in node.all_input_nodes):
+        if (
+            node not in behind
+            and node not in base
+            and not _is_tensorial(node)
+            and all(used in base for used in node.all_input_nodes)
+        ):
             base.add(node)
     region = [node for node in nodes if node in wanted and node not in base and node.op != "output"]
     inside = set(region)
-    crossing = [node for node in nodes if node in base and node is not cut and node.op != "get_attr" and any(user in inside for user in node.users)]
+    crossing = [
+        node
+        for node in nodes
+        if node in base and node is not cut and node.op != "get_attr" and any(user in inside for user in node.users)
+    ]
     outputs = [node for node in region if any(user not in inside for user in node.users)]
     if not region or not any(node in behind for node in outputs):
-        raise CutError(f"The cut {cut} is the network's last value: nothing comes after it that a light path could replace.")
+        raise CutError(
+            f"The cut {cut} is the network's last value: nothing comes after it that a light path could replace."
+        )
     for node in region:
         if writes_in_place(node):
-            raise CutError(f"Behind the cut, {node} writes into a value in place through a view; cut before the module that does so.")
+            raise CutError(
+                f"Behind the cut, {node} writes into a value in place through a view; "
+                "cut before the module that does so."
+            )
     kept = [node for node in nodes if node in base]
     tail = [node for node in nodes if node not in base and node not in inside and node.op != "output"]
     return Partition(cut, tuple(kept), tuple(region), tuple(crossing), tuple(outputs), tuple(tail))
@@ -121,7 +143,7 @@ def cut_points(
     scope: str | None = None,
 ) -> list[CutPoint]:
     """Every submodule in execution order: as a cut point with its costs, or with the reason why it is none."""
-    inner, args, kwargs = scope_inputs(model, scope, example_inputs, example_kwargs) if scope else (model, example_inputs, dict(example_kwargs or {}))
+    inner, args, kwargs = scope_inputs(model, scope, example_inputs, example_kwargs)
     return cut_points_of(capture(inner, args, kwargs), prefix=f"{scope}." if scope else "")
 
 
@@ -129,7 +151,7 @@ def cut_points_of(captured: Graph, prefix: str = "") -> list[CutPoint]:
     """As cut_points, of a graph that was captured already. prefix: put before each path."""
     graph = captured.module.graph
     macs = node_macs(captured.module, captured.args, captured.kwargs)
-    total = sum(macs.values())
+    total = sum(macs.values()) // captured.samples
     order = {node: at for at, node in enumerate(graph.nodes)}
     points = []
     for path, node in exits(graph).items():
@@ -141,19 +163,18 @@ def cut_points_of(captured: Graph, prefix: str = "") -> list[CutPoint]:
         except CutError:
             points.append((order[node], CutPoint(prefix + path, reason="nothing comes after it")))
             continue
-        base = sum(macs.get(part, 0) for part in parts.base)
-        values = [_parameters(captured.module, nodes) for nodes in (parts.base, parts.region)]
-        shape = tuple(size if isinstance(size, int) else "*" for size in node.meta["val"].shape)
-        points.append((order[node], CutPoint(prefix + path, shape, base, total - base, *values, tuple(c.name for c in parts.crossing))))
+        base = sum(macs.get(part, 0) for part in parts.base) // captured.samples
+        point = CutPoint(
+            prefix + path,
+            tuple(size if isinstance(size, int) else "*" for size in node.meta["val"].shape),
+            base,
+            total - base,
+            parameters_read(captured.module, parts.base),
+            parameters_read(captured.module, parts.region),
+            tuple(crossing.name for crossing in parts.crossing),
+        )
+        points.append((order[node], point))
     return [point for _, point in sorted(points, key=lambda item: item[0])]
-
-
-def _parameters(module: nn.Module, nodes: tuple[fx.Node, ...]) -> int:
-    """Values of the parameters that the computing nodes read."""
-    computing = [node for node in nodes if node.op == "call_function"]
-    targets = {used.target for node in computing for used in node.all_input_nodes if used.op == "get_attr"}
-    tensors = {id(t): t.numel() for t in (tensor_at(module, str(target)) for target in targets) if isinstance(t, nn.Parameter)}
-    return sum(tensors.values())
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
@@ -173,4 +194,3 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _is_tensorial(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (Tensor, tuple, list))
-

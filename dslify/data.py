@@ -244,7 +244,7 @@ class _Collector:
             )
         raw = raw_bytes(value)
         if self.file is None and len(self.memory) + len(raw) > MEMORY:
-            self.file = tempfile.TemporaryFile()  # noqa: SIM115 (unlinked; it lives as long as the tensor on it)
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115 (closed in finish)
             self.file.write(self.memory)
             self.memory = bytearray()
         if self.file is None:
@@ -259,8 +259,8 @@ class _Collector:
                 raise DataError(f"{self.origin} is empty; at least one sample is expected.")
             name, reason = self.skipped[0]
             raise DataError(
-                f"{self.origin} holds nothing usable: all {len(self.skipped)} were skipped, the first is {name}, which "
-                f"{reason}."
+                f"{self.origin} holds nothing usable: all {len(self.skipped)} were skipped, the first is {name} "
+                f"({reason})."
             )
         shape, dtype = self.kind
         if self.file is None:
@@ -268,6 +268,7 @@ class _Collector:
         else:
             self.file.flush()
             flat = torch.from_numpy(numpy.memmap(self.file, dtype=numpy.uint8, mode="r+")).view(dtype)
+            self.file.close()  # the mapping keeps the unnamed file alive
         labels, sources, names, levels = zip(*self.rows, strict=True)
         report = DataReport(self.origin, read, len(labels), skipped=tuple(self.skipped), notes=tuple(notes), **counts)
         values = flat.view(len(labels), *shape)
@@ -386,8 +387,9 @@ def _read_arrays(path: Path) -> tuple[Tensor, Any, Any]:
         raise DataError(f"{path} is no data file; expected audio or one of {', '.join(sorted(ARRAY_SUFFIXES))}.")
     try:
         if suffix in (".npy", ".npz"):
-            found = numpy.load(path, allow_pickle=False)
-            found = dict(found) if suffix == ".npz" else found
+            with path.open("rb") as file:  # numpy leaves a file open that it cannot read
+                found = numpy.load(file, allow_pickle=False)
+                found = dict(found) if suffix == ".npz" else found
         elif suffix == ".safetensors":
             found = load_file(path)
         else:

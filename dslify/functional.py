@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +28,29 @@ def tensor_at(module: nn.Module, target: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
+def put_tensor(module: nn.Module, target: str, value: Any) -> None:
+    """Put a parameter, buffer or attribute under a dotted name, making the modules on the way."""
+    *path, name = target.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    elif isinstance(value, torch.Tensor):
+        module.register_buffer(name, value)
+    else:
+        setattr(module, name, value)
+
+
+def parameters_read(module: nn.Module, nodes: Iterable[fx.Node]) -> int:
+    """Values of the parameters that the computing ones of `nodes` read, tied ones once."""
+    computing = [node for node in nodes if node.op == "call_function"]
+    targets = {str(used.target) for node in computing for used in node.all_input_nodes if used.op == "get_attr"}
+    tensors = (tensor_at(module, target) for target in targets)
+    return sum({id(t): t.numel() for t in tensors if isinstance(t, nn.Parameter)}.values())
+
+
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy; torch 2.12 warns of its own deprecation when a graph's pytree spec is copied."""
     with warnings.catch_warnings():
@@ -43,7 +67,8 @@ def drop_assertions(graph: fx.Graph) -> None:
 
 
 def functionalise(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """Replace in-place ATen operators by functional ones; returns those that had to stay (they write through a view)."""
+    """Replace in-place ATen operators by functional ones; returns those that had to stay
+    because they write through a view."""
     order = {node: at for at, node in enumerate(graph.nodes)}
     kept = []
     for node in list(graph.nodes):
@@ -74,7 +99,9 @@ def writes_in_place(node: fx.Node) -> bool:
     """Whether an ATen call writes into one of its arguments."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in node.target._schema.arguments)
+    return any(
+        argument.alias_info is not None and argument.alias_info.is_write for argument in node.target._schema.arguments
+    )
 
 
 def aliases(node: fx.Node) -> fx.Node | None:

@@ -11,14 +11,15 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from .axes import AxisMap, Kept, sizes
-from .functional import op_name, tensor_at
+from .functional import op_name, put_tensor, tensor_at
 from .rules import Axis, arguments, indices, project, set_argument
 
 aten = torch.ops.aten
 
 
 def strongest(axes: AxisMap, kept: Kept) -> dict[Axis, Tensor]:
-    """For each atom the entries to keep, in order: those with the largest L2 norm over all parameters that contain it."""
+    """For each atom the entries to keep, in order: those with the largest L2 norm over all parameters
+    that contain it."""
     strength: dict[Axis, Tensor] = {}
     for name in axes.weights():
         weight = tensor_at(axes.region, name)
@@ -56,13 +57,16 @@ def build(axes: AxisMap, kept: Kept, projected: frozenset[int] = frozenset()) ->
         if node.op == "placeholder":
             continue
         if node.op == "output":
-            outs = [_project(graph, root, axes, leaving[n], chosen, env[n]) if leaving.get(n) in projected else env[n] for n in node.args[0]]
+            outs = [
+                _project(graph, root, axes, leaving[n], chosen, env[n]) if leaving.get(n) in projected else env[n]
+                for n in node.args[0]
+            ]
             graph.output(tuple(outs))
             continue
         if node.op == "get_attr" and node.target in axes.parameters:
             _narrow(root, axes, node.target, chosen, tensors)
         elif node.op == "get_attr":
-            _assign(root, str(node.target), tensor_at(axes.region, str(node.target)))
+            put_tensor(root, str(node.target), tensor_at(axes.region, str(node.target)))
         copied = graph.node_copy(node, lambda n: env[n])
         env[node] = _resized(graph, axes, node, copied, size, kept, env)
     module = fx.GraphModule(root, graph, class_name="Light")
@@ -81,29 +85,16 @@ def _narrow(root: nn.Module, axes: AxisMap, target: str, chosen: dict[Axis, Tens
         value = value.clone(memory_format=torch.contiguous_format)
         is_weight = isinstance(source, nn.Parameter)
         tensors[id(source)] = nn.Parameter(value, value.is_floating_point()) if is_weight else value
-    _assign(root, target, tensors[id(source)])
+    put_tensor(root, target, tensors[id(source)])
 
 
-def _assign(root: nn.Module, target: str, value: Any) -> None:
-    owner = root
-    *path, name = target.split(".")
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    if isinstance(value, nn.Parameter):
-        owner.register_parameter(name, value)
-    elif isinstance(value, Tensor):
-        owner.register_buffer(name, value)
-    else:
-        setattr(owner, name, value)
-
-
-def _resized(graph: fx.Graph, axes: AxisMap, old: fx.Node, new: fx.Node, size: Any, kept: Kept, env: dict[fx.Node, fx.Node]) -> fx.Node:
+def _resized(
+    graph: fx.Graph, axes: AxisMap, old: fx.Node, new: fx.Node, size: Any, kept: Kept, env: dict[fx.Node, fx.Node]
+) -> fx.Node:
     """Write the size arguments of a copied node anew."""
     name = op_name(old)
     if name == "aten.sym_size.int":
-        axis = axes.binding.terms[old.args[0]][old.args[1]].find()
+        axis = axes.binding.terms[old.args[0]][old.args[1]].find()  # type: ignore[index]
         before, after = axis.hint, size(axis)
         if before != after:  # the graph goes on to reckon in the original sizes
             shared = math.gcd(before, after)
@@ -113,13 +104,19 @@ def _resized(graph: fx.Graph, axes: AxisMap, old: fx.Node, new: fx.Node, size: A
     for argument, compute in axes.binding.rewrites.get(old, {}).items() if kept else ():
         value = map_arg(compute(size), lambda n: env[n])
         if argument == "split_sizes" and "split_with_sizes" not in name:
-            new.target, new.args, new.kwargs = aten.split_with_sizes.default, (new.args[0], value, arguments(old)["dim"]), {}
+            new.target, new.args, new.kwargs = (
+                aten.split_with_sizes.default,
+                (new.args[0], value, arguments(old)["dim"]),
+                {},
+            )
         else:
             set_argument(new, argument, value)
     return new
 
 
-def _project(graph: fx.Graph, root: nn.Module, axes: AxisMap, at: int, chosen: dict[Axis, Tensor], value: fx.Node) -> fx.Node:
+def _project(
+    graph: fx.Graph, root: nn.Module, axes: AxisMap, at: int, chosen: dict[Axis, Tensor], value: fx.Node
+) -> fx.Node:
     """A 1x1 projection of one boundary's channels: selection on the way in, its transpose on the way out."""
     boundary = axes.boundaries[at]
     keep = indices(boundary.channels, chosen.get)
@@ -139,4 +136,3 @@ def _project(graph: fx.Graph, root: nn.Module, axes: AxisMap, at: int, chosen: d
         return graph.call_function(aten.linear.default, (value, weight))
     last = graph.call_function(aten.transpose.int, (value, axis, -1))
     return graph.call_function(aten.transpose.int, (graph.call_function(aten.linear.default, (last, weight)), axis, -1))
-

@@ -9,7 +9,19 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch 2.12 counts attention on GPUs only
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+
+
+def counting() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
 
 
 def fake(tree: Any) -> tuple[Any, FakeTensorMode]:
@@ -21,7 +33,7 @@ def fake(tree: Any) -> tuple[Any, FakeTensorMode]:
 def count(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[int, Any]:
     """(MACs of one call, its outputs as fake tensors)."""
     (args, kwargs), mode = fake((args, kwargs))
-    counter = FlopCounterMode(display=False)
+    counter = counting()
     with torch.no_grad(), mode, counter:
         outputs = call(*args, **kwargs)
     return counter.get_total_flops() // 2, outputs
@@ -31,7 +43,7 @@ def node_macs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, A
     """MACs of every node of a captured graph at the example's size, per call (divide by its batch for one sample)."""
     (args, kwargs), mode = fake((args, kwargs))
     flat = pytree.tree_leaves((args, kwargs))
-    counter = FlopCounterMode(display=False)
+    counter = counting()
     found: dict[fx.Node, int] = {}
 
     class Counting(fx.Interpreter):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import fx, nn
 
 from .calibrate import Metric, Observations, collect, only_layer, plain
 from .cost import cost
@@ -128,7 +128,8 @@ def evaluate(
     layer = only_layer(net)
     samples = open_data(data, expected_shape(net), progress=progress)
     seen = collect(net, samples, batch_size=batch_size, routed=True, metric=metric, progress=progress)
-    macs = {row.name: float(row.macs) for row in cost(net)}
+    captured = any(isinstance(module, fx.GraphModule) for module in net.modules())  # what cost() can read
+    macs = {row.name: float(row.macs) for row in cost(net)} if captured else {}
     return judge(seen, layer.threshold.item(), macs, seed=seed)
 
 
@@ -330,18 +331,16 @@ def _saved(seen: Observations, draw: _Resample) -> tuple[float, Interval]:
 def _verdict(seen: Observations, saved: float, interval: Interval) -> tuple[bool, str]:
     light, share = float(seen.difference.mean()), float(seen.taken.mean())
     if light < EQUAL:
-        return True, f"void: light differs from full by {light:.2%} on average, so any routing would do as well"
+        return True, f"void: light differs from full by {100 * light:.2f} % on average, so any routing would do as well"
     if share in (0.0, 1.0):
         return True, f"void: {'no' if share == 0 else 'every'} sample went light, so nothing was decided"
     if interval is None:
-        return False, f"mixed avoids {saved:.0%} of random routing's difference; one source gives no interval"
+        return False, f"mixed avoids {100 * saved:.0f} % of random routing's difference; one source gives no interval"
     low, high = interval
+    avoided = f"mixed avoids {100 * saved:.0f} % ({100 * low:.0f} to {100 * high:.0f} %) of random routing's difference"
     if low <= 0:
-        return (
-            False,
-            f"random routing is as good within the interval: mixed avoids {saved:.0%} ({low:.0%} to {high:.0%})",
-        )
-    return False, f"mixed avoids {saved:.0%} ({low:.0%} to {high:.0%}) of random routing's difference at the same share"
+        return False, f"random routing is as good within the interval: {avoided}"
+    return False, f"{avoided} at the same share"
 
 
 def _notes(seen: Observations, draw: _Resample, mixed: float, composed: float) -> Iterator[str]:

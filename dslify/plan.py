@@ -66,7 +66,10 @@ class Plan:
             raise StoreError(f"The stored plan does not fit this version of dslify: {odd}.")
         lists = {name: tuple(data[name]) for name in ("cut_shape", "crossing")}
         projections = tuple(Projection(**item) for item in data["projections"])
-        tensors = tuple(NarrowedTensor(**{key: value if key == "name" else tuple(value) for key, value in item.items()}) for item in data["tensors"])
+        tensors = tuple(
+            NarrowedTensor(item["name"], tuple(item["before"]), tuple(item["after"]), tuple(item["why"]))
+            for item in data["tensors"]
+        )
         return cls(**{**data, **lists, "projections": projections, "tensors": tensors})
 
 

@@ -5,6 +5,7 @@ Every function takes a frozen result and returns something that rich prints; wit
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,15 +22,11 @@ if TYPE_CHECKING:
     from .train import History
 
 PREFIXES = ("", " k", " M", " G", " T")
+UNLABELLED = "(no label)"
 BLOCKS, PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
-EXPLAINED = {
-    "full": "the network as it was",
-    "light": "everything on the light path",
-    "mixed": "routed by the switch, measured",
-    "random": "the same share at random",
-    "oracle": "the same share by the true difference",
-    "loudness": "the same share, quietest first",
-}
+LEGEND = (
+    "random, oracle (by the true difference) and loudness (quietest first) send as many samples light as mixed does"
+)
 
 
 class CostRow(Protocol):
@@ -76,6 +73,11 @@ def percent(share: float | None) -> str:
     return "-" if share is None or not math.isfinite(share) else f"{100 * share:.0f} %"
 
 
+def signed(number: float | None) -> str:
+    """A correlation with two digits; "-" for None and NaN."""
+    return f"{number:.2f}" if number is not None and math.isfinite(number) else "-"
+
+
 def times(full: float, light: float) -> str:
     """How many times smaller: "20.9x"."""
     return f"{full / light:.1f}x" if light else "-"
@@ -96,7 +98,7 @@ class Spark:
             return ""
         width = min(self.width, len(known))
         edges = [len(known) * cell // width for cell in range(width + 1)]
-        cells = [sum(known[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        cells = [sum(known[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
         low, high = min(cells), max(cells)
         top = len(blocks) - 1
         return "".join(blocks[round(top * (cell - low) / (high - low)) if high > low else 0] for cell in cells)
@@ -115,7 +117,7 @@ def surgery(rows: Iterable[CostRow], plan: Plan | None = None) -> RenderableType
     """What was cut and where; parameters and MACs of base, switch, full and light with ratios."""
     found = list(rows)
     full = next((row for row in found if row.name == "full"), None)
-    table = _table("path", "parameters", "MACs", "fewer parameters", "fewer MACs")
+    table = _table("path", "parameters", "MACs", "fewer\nparameters", "fewer\nMACs")
     for row in found:
         light = full is not None and row.name == "light"
         ratios = (
@@ -138,18 +140,21 @@ def surgery(rows: Iterable[CostRow], plan: Plan | None = None) -> RenderableType
 
 
 def cut_tree(points: Iterable[Point], depth: int | None = None) -> RenderableType:
-    """Every module as a place to cut, indented by depth: what is computed before and behind it, or why it cannot be cut.
+    """Every module as a place to cut, indented: what is computed before and behind it, or why it cannot be cut.
 
     depth: leave out modules nested deeper than this many names.
     """
-    table = _table("module", "shape behind it", "MACs before", "MACs behind", "share behind")
-    table.columns[1].justify = "left"
+    table = _table("module", "shape\nbehind it", "MACs\nbefore", "MACs\nbehind", "share\nbehind")
+    table.columns[1].justify, table.columns[1].no_wrap = "left", False
+    listed: list[str] = []
     example = ""
     for point in points:
-        *owners, name = point.path.split(".")
-        if depth is not None and len(owners) >= depth:
+        if depth is not None and point.path.count(".") >= depth:
             continue
-        label = Text("  " * len(owners) + name)
+        above = [path for path in listed if point.path.startswith(f"{path}.")]
+        name = point.path.removeprefix(f"{max(above, key=len)}.") if above else point.path
+        listed.append(point.path)
+        label = Text("  " * len(above) + name)
         if point.reason:
             label.stylize("dim")
             table.add_row(label, Text(point.reason, style="dim"), "", "", "")
@@ -157,8 +162,7 @@ def cut_tree(points: Iterable[Point], depth: int | None = None) -> RenderableTyp
         whole = point.base_macs + point.region_macs
         share = percent(point.region_macs / whole if whole else None)
         table.add_row(label, _shape(point.shape), human(point.base_macs), human(point.region_macs), share)
-        if owners and not example:
-            example = point.path
+        example = example or ("" if name == point.path else point.path)
     hint = f"Names join with dots: --at {example}. " if example else ""
     return Group(
         table, _line(f"{hint}Only what lies behind a cut can be saved; what lies before it runs for every input.")
@@ -177,13 +181,10 @@ def training(history: History) -> RenderableType:
             once = (phase.name, str(phase.steps), f"{phase.seconds:.0f}") if at == 0 else ("", "", "")
             row = (once[0], once[1], name, figure(phase.first(name)), figure(phase.last(name)), Spark(curve), once[2])
             table.add_row(*row)
-    lines = [
-        f"trained on {part['samples']} samples of {part['sources']} sources: {name}"
-        for name, part in history.data.items()
-    ]
+    lines = [f"{name}: {part['samples']} samples from {part['sources']} sources" for name, part in history.data.items()]
     if history.unseen is not None:
         lines.append(
-            f"light differs from full by {figure(history.unseen)} on the switch's inputs, which it was not fitted to"
+            f"light differs from full by {figure(history.unseen)} on the switch's data, which it was not fitted to"
         )
     lines += [f"note: {note}" for note in history.notes]
     return Group(table, *map(_line, lines))
@@ -194,7 +195,7 @@ def calibration(result: Calibration) -> RenderableType:
     lines = [
         f"threshold {figure(result.threshold)} (relative difference)",
         f"set by {result.how}",
-        f"light: {percent(result.share)} of the samples; mean difference over all samples {figure(result.mean_difference)}",
+        f"light: {percent(result.share)} of the samples; mean difference over all {figure(result.mean_difference)}",
     ]
     return Group(*map(_line, [*lines, *(f"note: {note}" for note in result.notes)]))
 
@@ -207,60 +208,63 @@ def evaluation(result: Evaluation) -> RenderableType:
     tables = [routes(result.rows), shares(result.kinds), predictions(result.kinds)]
     verdict = _line(result.verdict[:1].upper() + result.verdict[1:] + ".")
     verdict.stylize("bold yellow" if result.void else "bold")
-    return Group(_line(head), *tables, verdict, *(_line(f"note: {note}") for note in result.notes))
+    parts = itertools.chain.from_iterable((table, "") for table in tables)
+    return Group(_line(head), "", *parts, verdict, *(_line(f"note: {note}") for note in result.notes))
 
 
 def routes(rows: Iterable[Row]) -> RenderableType:
     """Difference, share and MACs of full, light, mixed, random, oracle and loudness."""
     found = list(rows)
     judged = any(row.metric is not None for row in found)
-    table = _table("route", "difference", "", "light", "MACs", *(["metric", ""] if judged else []), "")
-    table.columns[-1].justify = "left"
+    table = _table("route", "light", "difference", "MACs", *(["metric"] if judged else []))
     for row in found:
-        metric = (figure(row.metric), _interval(row.metric_interval)) if judged else ()
-        about = EXPLAINED.get(row.name, "")
-        cells = (figure(row.difference), _interval(row.interval), percent(row.share), human(row.macs), *metric)
+        metric = (with_interval(row.metric, row.metric_interval),) if judged else ()
+        difference = with_interval(row.difference, row.interval)
         style = "bold" if row.name == "mixed" else None
-        table.add_row(row.name, *cells, about, style=style)
-    return table
+        table.add_row(row.name, percent(row.share), difference, human(row.macs), *metric, style=style)
+    spread = next((row.spread for row in found if row.spread is not None), None)
+    drawn = f"; random varies by {figure(spread)} (standard deviation) from draw to draw" if spread is not None else ""
+    return Group(table, _line(LEGEND + drawn))
 
 
 def shares(kinds: Iterable[Kind]) -> RenderableType:
     """Per kind of sample: how many go light, and what that costs."""
-    table = _table("kind", "samples", "sources", "light", "", "difference if light", "as routed")
+    table = _table("kind", "samples", "sources", "light", "difference\nif light", "as\nrouted")
     for kind in kinds:
-        cells = (
-            percent(kind.share),
-            _interval(kind.share_interval, percent),
-            figure(kind.difference),
-            figure(kind.mixed),
-        )
-        table.add_row(kind.label or "(no label)", str(kind.n), str(kind.sources), *cells)
+        share = with_interval(kind.share, kind.share_interval, percent)
+        cells = (str(kind.n), str(kind.sources), share, figure(kind.difference), figure(kind.mixed))
+        table.add_row(kind.label or UNLABELLED, *cells)
     return table
 
 
 def predictions(kinds: Iterable[Kind]) -> RenderableType:
     """Per kind of sample: how the switch's prediction goes with the actual difference."""
-    table = _table("kind", "predicted / actual", "log error", "r of logs", "", "rank r", "", "loudness' rank r")
+    headers = (
+        "predicted\n/ actual",
+        "log\nerror",
+        "correlation\nof logs",
+        "rank\ncorrelation",
+        "loudness'\nrank corr.",
+    )
+    table = _table("kind", *headers)
     for kind in kinds:
         table.add_row(
-            kind.label or "(no label)",
+            kind.label or UNLABELLED,
             figure(kind.ratio),
             figure(kind.log_error),
-            _signed(kind.pearson_log),
-            _interval(kind.pearson_log_interval, _signed),
-            _signed(kind.spearman),
-            _interval(kind.spearman_interval, _signed),
-            _signed(kind.loudness_spearman),
+            with_interval(kind.pearson_log, kind.pearson_log_interval, signed),
+            with_interval(kind.spearman, kind.spearman_interval, signed),
+            signed(kind.loudness_spearman),
         )
     return table
 
 
 def _table(*headers: str) -> Table:
-    """Names to the left, numbers to the right; what does not fit is broken over lines, never cut off."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    """Names to the left, numbers to the right; a name that does not fit is broken over lines, never cut off."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for at, header in enumerate(headers):
-        table.add_column(header, justify="right" if at else "left", overflow="fold")
+        first = at == 0
+        table.add_column(header, justify="left" if first else "right", overflow="fold", no_wrap=not first)
     return table
 
 
@@ -272,13 +276,9 @@ def _shape(shape: Iterable[Any]) -> str:
     return "x".join(map(str, shape)) or "a single number"
 
 
-def _signed(number: float) -> str:
-    return f"{number:.2f}" if math.isfinite(number) else "-"
-
-
-def _interval(interval: Interval, write: Callable[[float], str] = figure) -> str:
-    """ "[0.101 0.140]", or nothing."""
+def with_interval(value: float | None, interval: Interval, write: Callable[[float | None], str] = figure) -> str:
+    """ "0.120 [0.101 0.140]", or the value alone."""
     if interval is None:
-        return ""
+        return write(value)
     low, high = (write(end).removesuffix(" %") for end in interval)
-    return f"[{low} {high}]"
+    return f"{write(value)} [{low} {high}]"

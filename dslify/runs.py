@@ -67,7 +67,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase's curves. losses: unweighted parts and the weighted `total`, one value a step. seconds: of its steps."""
+    """One phase's curves. losses: unweighted parts and the weighted `total`, a value a step. seconds: of its steps."""
 
     name: str
     losses: dict[str, tuple[float, ...]]
@@ -135,13 +135,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
         raise TrainError(
-            f"{path} cannot be written ({reason}); earlier checkpoints are whole: make room or give another run folder, "
+            f"{path} cannot be written ({reason}); earlier checkpoints are whole: make room or make it writable, "
             "then resume."
         ) from error
 
 
 class RunFolder:
-    """One run's files. `create` starts a folder, `reopen` goes on with one; both return it ready for `log` and `save`."""
+    """One run's files. `create` starts a folder, `reopen` goes on with one; both return it ready for use."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -213,10 +213,10 @@ class RunFolder:
             if entry["step"] > state["step"]:
                 break
             lines.append(entry)
-        if len(lines) != state["step"]:
+        reached = lines[-1]["step"] if lines else 0
+        if lines and reached < state["step"]:
             raise TrainError(
-                f"{history} has {len(lines)} whole lines and the checkpoint is of step {state['step']}; start a new run "
-                "folder."
+                f"{history} ends at step {reached}, before the checkpoint of step {state['step']}; start a new run."
             )
         kept = "".join(json.dumps(entry) + "\n" for entry in lines)
         write_whole(history, lambda where: where.write_text(kept))
@@ -254,6 +254,10 @@ class RunFolder:
         if self._board is not None:
             self._board.flush()
 
+    @property
+    def finished(self) -> bool:
+        return (self.checkpoints / FINAL).exists()
+
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
@@ -278,8 +282,8 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """Versions of everything that can change a run's numbers."""
-    versions = {}
-    for name in ("dslify", "torch", "numpy", "lightning-fabric", "soundfile", "soxr", "safetensors"):
+    versions = {"torch": str(torch.__version__)}
+    for name in ("dslify", "numpy", "lightning-fabric", "soundfile", "soxr", "safetensors"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -295,7 +299,7 @@ def environment() -> dict[str, Any]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGINT and SIGTERM only raise a flag, which the yielded function reads; a second one stops at once.
+    """Within the block SIGINT and SIGTERM only raise a flag, which the yielded function reads; a second one interrupts.
 
     Outside the main thread, where signals cannot be caught, the flag is never raised.
     """

@@ -94,6 +94,8 @@ class Switch(nn.Module):
     """
 
     FLOOR = 1e-5  # of a deviation, before its logarithm
+    offset: Tensor
+    spread: Tensor
 
     def __init__(self, channels: int, hidden: int = 16):
         super().__init__()
@@ -146,6 +148,13 @@ class DSLayer(nn.Module):
     light) until calibrated. scale: buffer, one per output, the mean absolute full output; 0 until measured.
     """
 
+    mask: Mask
+    switch: Switch
+    light: nn.Module
+    full: nn.Module
+    threshold: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         mask: Mask,
@@ -194,7 +203,7 @@ class DSLayer(nn.Module):
                 paths = replace(paths, light=self.light(*inputs))
             if route in ("full", "both"):
                 paths = replace(paths, full=self.full(*inputs))
-            outputs = paths.light if route == "light" else paths.full
+            outputs = (paths.light if route == "light" else paths.full) or ()
             if route == "both" and self.mask.weight.requires_grad and torch.is_grad_enabled():
                 with torch.no_grad():
                     paths = replace(paths, original=self.full(cut, *crossing))

@@ -65,24 +65,24 @@ def finetune(
     cache_bytes: int = CACHE_BYTES,
     progress: bool | None = None,
 ) -> History:
-    """Train light path, mask and switch of every Dynamic Switch Layer of `net` in place; base and full path stay frozen.
+    """Train light path, mask and switch of every Dynamic Switch Layer of `net`, in place; base and full stay frozen.
 
     train_data, switch_data: anything `open_data` reads. The switch has to learn from inputs that the light path was not
     fitted to: without switch_data a quarter of train_data, divided by source, is kept for it.
     steps, switch_steps: of the two phases; 0 leaves a phase out. batch_size: of the light phase; the switch takes 64 at
-    least. lr: peak of AdamW with warm-up and cosine. alpha, beta, anchor: weights of Eq. 5 and of the anchor; at beta = 0
-    the mask is frozen too and the full route stays what it was, exactly.
+    least. lr: peak of AdamW with warm-up and cosine. alpha, beta, anchor: weights of Eq. 5 and of the anchor; at
+    beta = 0 the mask is frozen too and the full route stays what it was, exactly.
     run_dir: a folder for configuration, history, TensorBoard logs and checkpoints (every `checkpoint_every` steps, at
     SIGINT and SIGTERM, and at the end). resume: go on from its last checkpoint, with the same data and options.
     threads: of torch on the CPU, None for torch's own choice. progress: a bar on stderr, None where that is a terminal.
     cache_bytes: while all that frozen parts compute for the data fits into this, it is computed once and each step runs
     only what is trained (the normal, fast way); else each step runs the whole network. Same losses up to rounding.
 
-    Trains where the network is (CPU or GPU). Afterwards the network is in eval mode and every requires_grad is as it was.
+    Trains where the network is (CPU or GPU). Afterwards it is in eval mode and every requires_grad is as it was.
 
     Raises DataError for unusable data, OptionError for numbers out of range, TrainError when the network cannot take
-    the data, a loss is not finite, the run folder cannot be used or there is nothing to resume; KeyboardInterrupt after a
-    signal, with the last step in the checkpoint.
+    the data, a loss is not finite, the run folder cannot be used or there is nothing to resume; KeyboardInterrupt after
+    a signal, with the last step in the checkpoint.
     """
     options = Options(steps, switch_steps, batch_size, lr, alpha, beta, anchor, seed, cache_bytes)
     if checkpoint_every < 1 or (threads is not None and threads < 1):
@@ -194,7 +194,9 @@ class _Run:
             return  # a light path without parameters has nothing to learn
         names = ("light", "mask", "anchor") if masks else ("light",)
         objective = _LightObjective(self.net, self.layers, tables, samples)
-        groups = [{"params": paths}, {"params": masks, "weight_decay": 0.0}] if masks else [{"params": paths}]
+        groups: list[dict[str, Any]] = [{"params": paths}] if paths else []
+        if masks:
+            groups.append({"params": masks, "weight_decay": 0.0})
         self._train("light", names, objective, groups, len(samples), options.batch_size, 0, options.steps)
         for parameter in (*paths, *masks):
             parameter.requires_grad_(False)
@@ -230,7 +232,7 @@ class _Run:
         self.bar.remove_task(task)
 
     def finish(self) -> None:
-        if self.folder is not None and self.step != self.resumed_at:
+        if self.folder is not None and not self.folder.finished:
             self.folder.save(self.step, self.state(), final=True)
 
     def phases(self) -> tuple[Phase, ...]:
@@ -309,8 +311,8 @@ class _Run:
     def _diverged(self, phase: str, found: str) -> str:
         kept = "" if self.folder is None else f" The checkpoints in {self.folder.checkpoints} are kept."
         return (
-            f"Training stopped at step {self.step + 1} ({phase} phase): {found} although data and full path are finite, so "
-            f"the trained part ran away; try a lower learning rate than {self.options.lr:g}.{kept}"
+            f"Training stopped at step {self.step + 1} ({phase} phase): {found} although data and full path are "
+            f"finite, so the trained part ran away; try a lower learning rate than {self.options.lr:g}.{kept}"
         )
 
 
@@ -406,7 +408,8 @@ class _SwitchObjective(nn.Module):
 
     def __init__(self, switches: Sequence[Switch], features: Sequence[Tensor], actual: Sequence[Tensor]):
         super().__init__()
-        self.switches, self.features, self.actual = nn.ModuleList(switches), features, actual
+        self.held = nn.ModuleList(switches)  # for Fabric to find the parameters
+        self.switches, self.features, self.actual = tuple(switches), features, actual
 
     def forward(self, positions: Tensor) -> Tensor:
         losses = []
@@ -507,8 +510,8 @@ def _check_finite(values: Tensor, samples: Samples, begin: int) -> None:
     broken = (~torch.isfinite(values).all(1)).nonzero().flatten().tolist()
     if broken:
         raise TrainError(
-            f"The network's answer is not finite for {samples.names[begin + broken[0]]} ({len(broken)} such in its batch), "
-            "so nothing can be learned from it; check the network or leave that sample out."
+            f"The network's answer is not finite for {samples.names[begin + broken[0]]} ({len(broken)} such in its "
+            "batch), so nothing can be learned from it; check the network or leave that sample out."
         )
 
 
@@ -602,7 +605,7 @@ def _load_trained_state(layer: DSLayer, saved: dict[str, Any]) -> None:
 
 
 def _frozen_digest(net: nn.Module, layers: Sequence[DSLayer]) -> str:
-    """A hash of all that training leaves alone, and of the shapes of the rest: the same network, however far trained."""
+    """A hash of all that training leaves alone and of the shapes of the rest: of the network, however far trained."""
     trained = {id(value) for layer in layers for value in (layer.threshold, layer.scale)}
     for layer in layers:
         for name in TRAINED:

@@ -29,14 +29,23 @@ def permutation_error(axes: AxisMap, inputs: Sequence[Any], seed: int = 0) -> fl
     permutation = {a: torch.randperm(a.hint, generator=generator) for a in axes.atoms() if axes.shrinks(a, everything)}
 
     region = _in_float64(axes.region, generator)
-    entering = [value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs]
+    entering = [
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
+    ]
     expected = [value for value in region(*entering) if isinstance(value, Tensor)]
 
     for name, terms in axes.parameters.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(region.get_submodule(owner), leaf, _as(tensor_at(region, name), _permute(tensor_at(region, name), terms, permutation)))
+        setattr(
+            region.get_submodule(owner),
+            leaf,
+            _as(tensor_at(region, name), _permute(tensor_at(region, name), terms, permutation)),
+        )
     boundaries = iter(axes.boundaries)
-    moved = [_permute(value, next(boundaries).axes, permutation) if isinstance(value, Tensor) else value for value in entering]
+    moved = [
+        _permute(value, next(boundaries).axes, permutation) if isinstance(value, Tensor) else value
+        for value in entering
+    ]
     found = [value for value in region(*moved) if isinstance(value, Tensor)]
 
     worst = 0.0
@@ -61,7 +70,10 @@ def _as(old: Tensor, new: Tensor) -> Tensor:
 def _in_float64(region: fx.GraphModule, generator: torch.Generator) -> fx.GraphModule:
     double = copy.deepcopy(region).double().requires_grad_(False)
     for node in double.graph.nodes:  # casts to single precision inside the network would hide small errors
-        node.args, node.kwargs = (map_aggregate(part, lambda a: torch.float64 if a == torch.float32 else a) for part in (node.args, node.kwargs))
+        node.args, node.kwargs = (
+            map_aggregate(part, lambda a: torch.float64 if a == torch.float32 else a)
+            for part in (node.args, node.kwargs)
+        )
     double.recompile()
     for tensor in (*double.parameters(), *double.buffers()):
         if not tensor.is_floating_point() or not tensor.numel():
@@ -87,13 +99,20 @@ def check_light(light: nn.Module, full: nn.Module, inputs: Sequence[Any]) -> Non
             if not isinstance(theirs, Tensor):
                 continue
             if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-                raise VerifyError(f"The light path answers {tuple(mine.shape)} of {mine.dtype} where the full path answers {tuple(theirs.shape)} of {theirs.dtype}.")
+                raise VerifyError(
+                    f"The light path answers {tuple(mine.shape)} of {mine.dtype} where the full path answers "
+                    f"{tuple(theirs.shape)} of {theirs.dtype}."
+                )
             if theirs.isfinite().all() and not mine.isfinite().all():
                 raise VerifyError("The light path answers values that are not finite on the example input.")
-        loss = sum((mine.square().mean() for mine in found if isinstance(mine, Tensor) and mine.requires_grad), torch.zeros(()))
+        loss = sum(
+            (mine.square().mean() for mine in found if isinstance(mine, Tensor) and mine.requires_grad), torch.zeros(())
+        )
         if loss.requires_grad:
             loss.backward()
     lost = [name for name, parameter in light.named_parameters() if parameter.requires_grad and parameter.grad is None]
     light.zero_grad(set_to_none=True)
     if lost:
-        raise VerifyError(f"No gradient reaches {lost[0]} of the light path{f' and {len(lost) - 1} more' if lost[1:] else ''}.")
+        raise VerifyError(
+            f"No gradient reaches {lost[0]} of the light path{f' and {len(lost) - 1} more' if lost[1:] else ''}."
+        )

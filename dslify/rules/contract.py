@@ -76,7 +76,11 @@ def einsum(b: Binding, node: fx.Node) -> Any:
     a = arguments(node)
     equation = a["equation"].replace(" ", "")
     operands = [b[operand] for operand in a["tensors"]]
-    if "." in equation or "->" not in equation or any(len(set(part)) < len(part) for part in equation.split("->")[0].split(",")):
+    if (
+        "." in equation
+        or "->" not in equation
+        or any(len(set(part)) < len(part) for part in equation.split("->")[0].split(","))
+    ):
         return b.unknown(node, "an einsum with an ellipsis or a diagonal")
     return _bind(b, node, equation, *operands)
 
@@ -117,7 +121,10 @@ def _window(b: Binding, node: fx.Node, spatial: Sequence[Axis], a: dict[str, Any
     sizes = shape(node)[len(shape(node)) - len(spatial) :]
     out = []
     for at, (axis, size) in enumerate(zip(spatial, sizes, strict=True)):
-        plain = all(_at(a.get(name, default), at) == default for name, default in (("stride", 1), ("padding", 0), ("output_padding", 0)))
+        plain = all(
+            _at(a.get(name, default), at) == default
+            for name, default in (("stride", 1), ("padding", 0), ("output_padding", 0))
+        )
         if kernel[at] == 1 and plain:
             out.append(axis)
             continue

@@ -23,18 +23,24 @@ def broadcast(b: Binding, node: fx.Node, *operands: Terms) -> Terms:
     return tuple(out)
 
 
-_UNARY = """relu relu6 gelu silu elu selu celu mish sigmoid tanh hardtanh hardsigmoid hardswish leaky_relu softplus softsign
-log_sigmoid hardshrink softshrink threshold exp expm1 log log1p log2 log10 sqrt rsqrt square sin cos tan asin acos atan sinh cosh
-asinh acosh atanh erf abs neg sign reciprocal floor ceil round trunc frac clamp clamp_min clamp_max nan_to_num isnan isinf logical_not
-bitwise_not clone contiguous detach alias dropout feature_dropout alpha_dropout lift_fresh_copy
-zeros_like ones_like full_like empty_like rand_like positive real imag isfinite"""
-_EXACT = """add.Scalar sub.Scalar mul.Scalar div.Scalar div.Tensor_mode div.Scalar_mode pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar rsub.Scalar
-eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor
-remainder.Scalar fmod.Scalar floor_divide.Scalar max.other min.other clamp.Tensor clamp_min.Tensor clamp_max.Tensor
-to.dtype to.device to.dtype_layout to.other type_as.default masked_fill.Scalar masked_fill.Tensor where.self where.ScalarOther where.ScalarSelf
-where.Scalar lerp.Scalar lerp.Tensor addcmul.default addcdiv.default fill.Scalar fill.Tensor _to_copy.default
-add.Tensor sub.Tensor mul.Tensor div.Tensor rsub.Tensor remainder.Tensor fmod.Tensor floor_divide.default bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor
-__and__.Tensor __or__.Tensor __xor__.Tensor maximum.default minimum.default atan2.default logical_and.default logical_or.default logical_xor.default"""
+_UNARY = """
+relu relu6 gelu silu elu selu celu mish sigmoid tanh hardtanh hardsigmoid hardswish leaky_relu softplus softsign
+log_sigmoid hardshrink softshrink threshold exp expm1 log log1p log2 log10 sqrt rsqrt square sin cos tan asin acos
+atan sinh cosh asinh acosh atanh erf abs neg sign reciprocal floor ceil round trunc frac clamp clamp_min clamp_max
+nan_to_num isnan isinf logical_not bitwise_not clone contiguous detach alias dropout feature_dropout alpha_dropout
+lift_fresh_copy zeros_like ones_like full_like empty_like rand_like positive real imag isfinite
+"""
+_EXACT = """
+add.Scalar sub.Scalar mul.Scalar div.Scalar div.Tensor_mode div.Scalar_mode pow.Tensor_Scalar pow.Tensor_Tensor
+pow.Scalar rsub.Scalar eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar eq.Tensor ne.Tensor lt.Tensor
+le.Tensor gt.Tensor ge.Tensor remainder.Scalar fmod.Scalar floor_divide.Scalar max.other min.other clamp.Tensor
+clamp_min.Tensor clamp_max.Tensor to.dtype to.device to.dtype_layout to.other type_as.default masked_fill.Scalar
+masked_fill.Tensor where.self where.ScalarOther where.ScalarSelf where.Scalar lerp.Scalar lerp.Tensor
+addcmul.default addcdiv.default fill.Scalar fill.Tensor _to_copy.default add.Tensor sub.Tensor mul.Tensor div.Tensor
+rsub.Tensor remainder.Tensor fmod.Tensor floor_divide.default bitwise_and.Tensor bitwise_or.Tensor
+bitwise_xor.Tensor __and__.Tensor __or__.Tensor __xor__.Tensor maximum.default minimum.default atan2.default
+logical_and.default logical_or.default logical_xor.default
+"""
 
 
 @rule(*_EXACT.split(), *(f"{name}.default" for name in _UNARY.split()))
@@ -65,13 +71,21 @@ def glu(b: Binding, node: fx.Node) -> Terms:
     return tuple(half if axis is x[dim] else axis for axis in x)
 
 
-@rule("softmax.int", "log_softmax.int", "_softmax.default", "_log_softmax.default", "cumsum.default", "flip.default", "roll.default")
+@rule(
+    "softmax.int",
+    "log_softmax.int",
+    "_softmax.default",
+    "_log_softmax.default",
+    "cumsum.default",
+    "flip.default",
+    "roll.default",
+)
 def along(b: Binding, node: fx.Node) -> Any:
     """softmax lets its axis pass; operators for which the order of entries matters fix it."""
     a = arguments(node)
     x = b[a["self"]]
     if "softmax" not in str(node.target):
         dims = a.get("dims", a.get("dim"))
-        dims = [dims] if isinstance(dims, int) else list(dims)
+        dims = [dims] if isinstance(dims, int) else list(dims or [])
         b.freeze(node, [x[dim] for dim in dims] if dims else x, "the order of its entries matters")
     return x

@@ -244,7 +244,11 @@ def _split_factor(axis: Axis, major: Axis) -> Axis | None:
 
 def _split_piece(axis: Axis, first: Axis) -> Axis | None:
     """Refine `axis` into [first + rest] and return rest; None if first is not shorter, or the axis is no atom."""
-    if axis.form is not None or not (isinstance(axis.size, int) and isinstance(first.size, int)) or first.size >= axis.size:
+    if (
+        axis.form is not None
+        or not (isinstance(axis.size, int) and isinstance(first.size, int))
+        or first.size >= axis.size
+    ):
         return None
     rest = Axis(axis.size - first.size, axis.hint - first.hint)
     _become(axis, concat([first, rest]))

@@ -11,7 +11,15 @@ from .table import Binding, Sizes, Terms, arguments, rule, shape, symbolic
 from .terms import Axis, concat, product, same
 
 
-@rule("view.default", "reshape.default", "_unsafe_view.default", "unflatten.int", "flatten.using_ints", "reshape_as.default", "view_as.default")
+@rule(
+    "view.default",
+    "reshape.default",
+    "_unsafe_view.default",
+    "unflatten.int",
+    "flatten.using_ints",
+    "reshape_as.default",
+    "view_as.default",
+)
 def view(b: Binding, node: fx.Node) -> Terms:
     """Runs of axes with equal products are one axis, merged or cut: "b (h d) -> b h d"."""
     a = arguments(node)
@@ -217,7 +225,11 @@ def index(b: Binding, node: fx.Node) -> Any:
     x, chosen = b[a["self"]], list(a["indices"])
     chosen += [None] * (len(x) - len(chosen))
     at = [dim for dim, entry in enumerate(chosen) if entry is not None]
-    if at != list(range(at[0], at[-1] + 1)) or any(entry.meta["val"].dtype.is_floating_point or not entry.meta["val"].dtype.is_signed for entry in chosen if entry is not None):
+    if at != list(range(at[0], at[-1] + 1)) or any(
+        entry.meta["val"].dtype.is_floating_point or not entry.meta["val"].dtype.is_signed
+        for entry in chosen
+        if entry is not None
+    ):
         return b.unknown(node, "an index over several separate axes, or by a mask")
     b.freeze(node, [x[dim] for dim in at], "it is indexed")
     rank = len(shape(node)) - (len(x) - len(at))
@@ -235,7 +247,16 @@ def index_select(b: Binding, node: fx.Node) -> Any:
     return (*x[:dim], b.fixed(shape(node)[dim], node, "an index"), *x[dim + 1 :])
 
 
-@rule("zeros.default", "ones.default", "full.default", "empty.memory_format", "new_zeros.default", "new_ones.default", "new_full.default", "new_empty.default")
+@rule(
+    "zeros.default",
+    "ones.default",
+    "full.default",
+    "empty.memory_format",
+    "new_zeros.default",
+    "new_ones.default",
+    "new_full.default",
+    "new_empty.default",
+)
 def constant(b: Binding, node: fx.Node) -> Terms:
     """Constant fills follow what they meet: their size argument is written anew."""
     given = list(arguments(node)["size"])
@@ -244,7 +265,15 @@ def constant(b: Binding, node: fx.Node) -> Terms:
     return tuple(out)
 
 
-@rule("arange.default", "arange.start", "arange.start_step", "scalar_tensor.default", "eye.default", "hann_window.default", "linspace.default")
+@rule(
+    "arange.default",
+    "arange.start",
+    "arange.start_step",
+    "scalar_tensor.default",
+    "eye.default",
+    "hann_window.default",
+    "linspace.default",
+)
 def counted(b: Binding, node: fx.Node) -> Any:
     return b.fixed_outputs(node, "its entries count along it")
 
@@ -267,5 +296,3 @@ def repeat(b: Binding, node: fx.Node) -> Any:
             b.freeze(node, old, "it is repeated a varying number of times")
             out.append(b.fixed(size, node, "a repetition"))
     return tuple(out)
-
-

@@ -1,0 +1,5 @@
+"""`python -m dslify`."""
+
+from dslify.cli import main
+
+main()

@@ -1,0 +1,377 @@
+"""fx graphs as JSON that runs nothing when it is read: encode() and decode().
+
+fx turns a graph into Python source and executes it. Everything that ends up there (names, dotted paths, argument
+values, tree specs) is therefore held against a short list of forms first. Nothing is looked up by a name from a file
+except operators of torch.ops and the functions listed here.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import keyword
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
+
+from .errors import StoreError
+
+_NAMESPACES = ("aten", "torchvision", "torchaudio", "dslify")
+_WITH_SIDE_EFFECTS = ("aten.from_file", "aten._print", "aten.record_stream")  # read files, print
+_OF_OPERATOR = """abs add and_ eq floordiv ge getitem gt invert le lshift lt mod mul ne neg not_ or_ pos pow rshift sub
+truediv xor"""
+_OF_TORCH = "sym_float sym_int sym_ite sym_max sym_min sym_not sym_sum _sym_sqrt"
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{f"operator.{name}": getattr(operator, name) for name in _OF_OPERATOR.split()},
+    **{f"torch.{name}": getattr(torch, name) for name in _OF_TORCH.split()},
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "sqrt", "trunc")},
+    **{f"builtins.{name}": getattr(builtins, name) for name in ("abs", "float", "int", "max", "min", "round")},
+    **{
+        f"higher_order.{name}": getattr(torch.ops.higher_order, name)
+        for name in ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+    },
+}
+_FUNCTION_NAMES = {id(function): name for name, function in FUNCTIONS.items()}
+
+_CONSTANTS: dict[str, dict[str, Any]] = {
+    kind: {str(value): value for value in vars(torch).values() if isinstance(value, type_)}
+    for kind, type_ in (("dtype", torch.dtype), ("layout", torch.layout), ("memory_format", torch.memory_format))
+}
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PART = re.compile(r"[A-Za-z0-9_+:/ -]+")  # of a dotted path: what a ModuleDict may reasonably use; no quote, no escape
+_DEVICE = re.compile(r"[a-z]+(:\d+)?")
+_TREES = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
+_MODEL_OUTPUT = re.compile(r"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.(\w+)")
+
+
+def encode(
+    module: fx.GraphModule,
+    tensors: dict[str, Tensor] | None = None,
+    prefix: str = "",
+    submodule: Callable[[nn.Module, str], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """A graph module as JSON-able data.
+
+    tensors: receives every parameter and buffer under the name it is met by first (`prefix` + dotted name); one that is
+    in it already is referred to, so tied tensors stay tied. submodule(module, prefix): describes modules that the graph
+    calls. Raises StoreError naming what has no place in a file.
+    """
+    tensors = {} if tensors is None else tensors
+    keys = {id(tensor): key for key, tensor in tensors.items()}
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    graphs = {
+        str(node.target)
+        for node in module.graph.nodes
+        if node.op == "get_attr" and isinstance(_at(module, node.target), fx.GraphModule)
+    }
+    modules: dict[str, Any] = {}
+    for path in sorted(called | graphs):
+        check_path(path)
+        inner = module.get_submodule(path)
+        if submodule is not None:
+            modules[path] = submodule(inner, f"{prefix}{path}.")
+        elif isinstance(inner, fx.GraphModule):
+            modules[path] = encode(inner, tensors, f"{prefix}{path}.")
+        else:
+            raise StoreError(f"{path} is a {type(inner).__name__}, which a stored graph cannot hold.")
+        keys = {id(tensor): key for key, tensor in tensors.items()}
+    names: dict[str, str] = {}
+    transient: list[str] = []
+    for path, owner in module.named_modules():
+        if any(path == taken or path.startswith(f"{taken}.") for taken in modules):
+            continue
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is None:
+                continue
+            full = f"{path}.{name}" if path else name
+            check_path(full)
+            if id(tensor) not in keys:
+                keys[id(tensor)] = prefix + full
+                tensors[prefix + full] = tensor
+            names[full] = keys[id(tensor)]
+            if name in owner._non_persistent_buffers_set:
+                transient.append(full)
+    return {
+        "class": type(module).__name__,
+        "codegen": _encode_codegen(module.graph),
+        "nodes": [_encode_node(node) for node in module.graph.nodes],
+        "tensors": names,
+        "transient": transient,
+        "modules": modules,
+        "meta": module.meta.get("dslify"),
+    }
+
+
+def decode(
+    data: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    submodule: Callable[[Mapping[str, Any]], nn.Module] | None = None,
+) -> fx.GraphModule:
+    """The inverse of encode(); `tensors` holds nn.Parameters and buffers, which become the module's own.
+
+    submodule: makes a module from what encode's `submodule` gave. Raises StoreError for anything that encode() would
+    not have written.
+    """
+    _need(isinstance(data, Mapping) and isinstance(data.get("nodes"), list), "a graph has no list of nodes")
+    net = fx.GraphModule(nn.Module(), fx.Graph(), class_name=identifier(data["class"]))
+    for path, inner in _mapping(data["modules"]).items():
+        made = submodule(inner) if submodule is not None else decode(inner, tensors)
+        _place(net, path, made)
+    transient = set(data["transient"])
+    for path, key in _mapping(data["tensors"]).items():
+        _need(key in tensors, f"the weights of {path} are missing")
+        _place(net, path, tensors[key], path not in transient)
+    attributes = {"get_attr": {*data["tensors"], *data["modules"]}, "call_module": set(data["modules"])}
+    graph = fx.Graph()
+    env: dict[str, fx.Node] = {}
+    for item in data["nodes"]:
+        name = identifier(_mapping(item)["name"])
+        _need(name not in env, f"two nodes are called {name}")
+        env[name] = _decode_node(graph, item, env, attributes)
+    if data["codegen"] is not None:
+        graph.set_codegen(_decode_codegen(_mapping(data["codegen"])))
+    graph.lint()
+    net.graph = graph
+    if data["meta"] is not None:
+        net.meta["dslify"] = dict(_mapping(data["meta"]))
+    return net
+
+
+def operator_named(text: Any) -> torch._ops.OpOverload:
+    """ "aten.linear.default" -> the operator. Raises StoreError for all but dispatcher operators without side effects.
+
+    TorchScript's built-ins answer to torch.ops as well (aten::save writes files), so the dispatcher must know the name.
+    """
+    parts = text.split(".") if isinstance(text, str) else []
+    known = len(parts) == 3 and parts[0] in _NAMESPACES and all(_IDENTIFIER.fullmatch(part) for part in parts)
+    if known and ".".join(parts[:2]) not in _WITH_SIDE_EFFECTS:
+        namespace, name, overload = parts
+        if namespace in ("torchvision", "torchaudio"):
+            _import_known(namespace)
+        schema = f"{namespace}::{name}" if overload == "default" else f"{namespace}::{name}.{overload}"
+        found = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
+        if isinstance(found, torch._ops.OpOverload) and torch._C._dispatch_has_kernel(schema):
+            return found
+    raise StoreError(f"a stored graph may not call {str(text)[:100]!r}: it is none of PyTorch's operators.")
+
+
+def tree_spec(text: Any, arguments: bool = False) -> pytree.TreeSpec:
+    """A serialized pytree spec, checked before torch reads it: its contexts can name modules to import.
+
+    arguments: the spec of (args, kwargs), whose keyword names end up in source. Raises StoreError.
+    """
+    try:
+        protocol, tree = json.loads(text)
+    except (TypeError, ValueError):
+        raise StoreError("the description of the inputs or outputs is damaged.") from None
+    _need(protocol == 1, "the description of the inputs or outputs is of another version")
+    _check_tree(tree)
+    spec = pytree.treespec_loads(json.dumps([protocol, tree]))
+    if arguments and spec.type is tuple and spec.num_children == 2 and spec.child(1).type is dict:
+        for name in spec.child(1).context:
+            identifier(name)
+    return spec
+
+
+def _check_tree(tree: Any) -> None:
+    kind, context, children = (_mapping(tree).get(key) for key in ("type", "context", "children_spec"))
+    _need(isinstance(children, list), "the description of the inputs or outputs is damaged")
+    if kind is None:
+        _need(context is None and not children, "the description of the inputs or outputs is damaged")
+        return
+    output = _MODEL_OUTPUT.fullmatch(str(kind))
+    if output is not None:
+        _import_known(output[1])  # defining the class registers it with pytree
+    elif kind not in _TREES:
+        raise StoreError(f"inputs and outputs may be nested tuples, lists and dicts; found {str(kind)[:100]}.")
+    keys = json.loads(context) if isinstance(context, str) else 0
+    named = isinstance(keys, list) and all(isinstance(key, (str, int)) for key in keys)
+    _need(named or keys is None, "the description of the inputs or outputs is damaged")
+    for child in children:
+        _check_tree(child)
+
+
+def _import_known(module: str) -> None:
+    try:
+        import_module(module)
+    except ImportError:
+        raise StoreError(f"this network needs {module.partition('.')[0]}, which is not installed.") from None
+
+
+def _encode_codegen(graph: fx.Graph) -> dict[str, Any] | None:
+    codegen = graph._codegen
+    if type(codegen) is CodeGen:
+        return None
+    if type(codegen) is not _PyTreeCodeGen:
+        raise StoreError(f"graphs with {type(codegen).__name__} cannot be stored.")
+    info = codegen.pytree_info
+    try:
+        specs = [spec if spec is None else pytree.treespec_dumps(spec) for spec in (info.in_spec, info.out_spec)]
+    except NotImplementedError as error:
+        raise StoreError(f"the network's inputs or outputs have a type that cannot be stored: {error}") from None
+    for at, text in enumerate(specs):
+        if text is not None:
+            tree_spec(text, arguments=at == 0)
+    return {"arguments": [identifier(name) for name in info.orig_args], "in": specs[0], "out": specs[1]}
+
+
+def _decode_codegen(data: Mapping[str, Any]) -> _PyTreeCodeGen:
+    out = None if data["out"] is None else tree_spec(data["out"])
+    arguments = [identifier(name) for name in data["arguments"]]
+    return _PyTreeCodeGen(_PyTreeInfo(arguments, tree_spec(data["in"], arguments=True), out))
+
+
+def _encode_node(node: fx.Node) -> dict[str, Any]:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(operator_named(str(target)))
+    elif node.op == "call_function":
+        name = _FUNCTION_NAMES.get(id(target), "")
+        if not name:
+            raise StoreError(f"node {node.name} calls {target!r}, which a stored graph may not.")
+    elif node.op in ("placeholder", "get_attr", "call_module", "output"):
+        name = str(target)
+    else:
+        raise StoreError(f"node {node.name} is a {node.op}, which a stored graph may not hold.")
+    data: dict[str, Any] = {"op": node.op, "name": identifier(node.name), "target": name}
+    data["args"] = [_encode_value(value, node) for value in node.args]
+    if node.kwargs:
+        data["kwargs"] = {identifier(key): _encode_value(value, node) for key, value in node.kwargs.items()}
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        data["stack"] = [[key, path, _class_name(kind)] for key, (path, kind) in stack.items()]
+    return data
+
+
+def _class_name(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
+
+
+def _decode_node(graph: fx.Graph, item: Mapping[str, Any], env: dict[str, fx.Node], attributes: Any) -> fx.Node:
+    op, name, target = item["op"], item["name"], item["target"]
+    found: Any = target
+    if op == "call_function":
+        found = FUNCTIONS[target] if isinstance(target, str) and target in FUNCTIONS else operator_named(target)
+    elif op in attributes:
+        _need(target in attributes[op], f"node {name} reads {str(target)[:100]!r}, which the file does not define")
+    elif op == "placeholder":
+        identifier(target)
+    else:
+        _need(op == "output" and target == "output", f"node {name} has an unknown kind")
+    args = tuple(_decode_value(value, env) for value in item["args"])
+    kwargs = {identifier(key): _decode_value(value, env) for key, value in _mapping(item.get("kwargs", {})).items()}
+    node = graph.create_node(op, found, args, kwargs, name=name)
+    stack = item.get("stack", [])
+    _need(all(isinstance(text, str) for entry in stack for text in entry), f"the origin of node {name} is damaged")
+    node.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in stack}
+    if op in ("placeholder", "output"):
+        del node.meta["nn_module_stack"]
+    return node
+
+
+def _encode_value(value: Any, node: fx.Node) -> Any:
+    match value:
+        case fx.Node():
+            return {"node": value.name}
+        case float() if not math.isfinite(value):
+            return {"float": str(value)}
+        case None | bool() | int() | float() | str():
+            return value
+        case list():
+            return [_encode_value(item, node) for item in value]
+        case tuple() if not hasattr(value, "_fields"):
+            return {"tuple": [_encode_value(item, node) for item in value]}
+        case dict() if all(isinstance(key, str) for key in value):
+            return {"dict": {key: _encode_value(item, node) for key, item in value.items()}}
+        case slice():
+            return {"slice": [_encode_value(item, node) for item in (value.start, value.stop, value.step)]}
+        case torch.device():
+            return {"device": str(value)}
+    for kind, table in _CONSTANTS.items():
+        if str(value) in table and table[str(value)] is value:
+            return {kind: str(value)}
+    raise StoreError(f"node {node.name} holds a {type(value).__name__}, which cannot be stored.")
+
+
+def _decode_value(data: Any, env: Mapping[str, fx.Node]) -> Any:
+    if data is None or isinstance(data, (bool, int, float, str)):
+        return data
+    if isinstance(data, list):
+        return [_decode_value(item, env) for item in data]
+    _need(isinstance(data, Mapping) and len(data) == 1, "an argument is damaged")
+    ((kind, value),) = data.items()
+    if kind == "node":
+        _need(value in env, f"an argument refers to {str(value)[:100]!r}, which does not come before it")
+        return env[value]
+    if kind == "dict":
+        return {key: _decode_value(item, env) for key, item in _mapping(value).items()}
+    if kind == "device":
+        _need(isinstance(value, str) and _DEVICE.fullmatch(value) is not None, "a device name is damaged")
+        return torch.device(value)
+    if kind in _CONSTANTS:
+        _need(value in _CONSTANTS[kind], f"{str(value)[:100]!r} is no {kind}")
+        return _CONSTANTS[kind][value]
+    if kind == "float":
+        _need(value in ("inf", "-inf", "nan"), "a number is damaged")
+        return float(value)
+    _need(kind in ("tuple", "slice") and isinstance(value, list), "an argument is damaged")
+    items = [_decode_value(item, env) for item in value]
+    return tuple(items) if kind == "tuple" else slice(*items)
+
+
+def _place(net: nn.Module, path: str, value: nn.Module | Tensor, persistent: bool = True) -> None:
+    """Put a tensor or a module at a dotted path, making plain containers on the way."""
+    check_path(path)
+    *parents, name = path.split(".")
+    owner = net
+    for part in parents:
+        if part not in owner._modules:
+            _need(not hasattr(owner, part), f"{path} is no place for a tensor")
+            owner.add_module(part, nn.Module())
+        _need(type(owner._modules[part]) is nn.Module, f"{path} is no place for a tensor")
+        owner = owner.get_submodule(part)
+    _need(not hasattr(owner, name), f"{path} is there twice")
+    if isinstance(value, nn.Module):
+        owner.add_module(name, value)
+    elif isinstance(value, nn.Parameter):
+        owner.register_parameter(name, value)
+    else:
+        owner.register_buffer(name, value, persistent)
+
+
+def _at(module: nn.Module, target: Any) -> Any:
+    owner, _, name = str(target).rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def identifier(name: Any) -> str:
+    """A name that may stand in generated source. Raises StoreError."""
+    if isinstance(name, str) and _IDENTIFIER.fullmatch(name) and not keyword.iskeyword(name):
+        return name
+    raise StoreError(f"{str(name)[:100]!r} cannot be a name in a stored graph.")
+
+
+def check_path(path: Any) -> None:
+    """Raises StoreError unless `path` is a dotted path that may stand in generated source."""
+    parts = path.split(".") if isinstance(path, str) else [""]
+    if not all(_PART.fullmatch(part) and not part.startswith("__") for part in parts):
+        raise StoreError(f"{str(path)[:100]!r} cannot be a path in a stored network.")
+
+
+def _mapping(data: Any) -> Mapping[str, Any]:
+    _need(isinstance(data, Mapping), "an entry is damaged")
+    return data
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise StoreError(f"{message}.")

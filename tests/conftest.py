@@ -1,0 +1,45 @@
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the workers share two cores
+
+import pytest
+import torch
+
+import dslify
+from tests.zoo import ZOO
+
+torch.set_num_threads(1)
+
+SHARED = Path(os.environ.get("DSLIFY_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+class Inserted:
+    """A network of the zoo and its dslified forms, built once per test process."""
+
+    def __init__(self, name: str):
+        self.network = ZOO[name]
+        self.original = self.network.build()
+        self._nets: dict[float, torch.nn.Module] = {}
+
+    def net(self, width: float) -> torch.nn.Module:
+        if width not in self._nets:
+            self._nets[width] = dslify.insert(
+                self.original, self.network.at, width, (self.network.batch(1),), scope=self.network.scope
+            )
+        return self._nets[width]
+
+
+_built: dict[str, Inserted] = {}
+
+
+@pytest.fixture(params=list(ZOO))
+def inserted(request: pytest.FixtureRequest) -> Inserted:
+    return _built.setdefault(request.param, Inserted(request.param))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the shared recordings are not on this machine")
+    return SHARED
