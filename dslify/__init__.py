@@ -33,12 +33,27 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from .calibrate import calibrate as calibrate
+    from .capture import capture as capture
     from .cost import cost as cost
+    from .cut import CutPoint as CutPoint
+    from .cut import cut_points as cut_points
+    from .data import open_data as open_data
+    from .errors import DslifyError as DslifyError
     from .insert import insert as insert
     from .insert import remove as remove
+    from .load import example_inputs_for as example_inputs_for
+    from .load import load_model as load_model
+    from .losses import dsl_loss as dsl_loss
     from .measure import evaluate as evaluate
+    from .plan import Plan as Plan
     from .store import load as load
     from .store import save as save
+    from .switch import DSLayer as DSLayer
+    from .switch import Mask as Mask
+    from .switch import Paths as Paths
+    from .switch import Switch as Switch
+    from .switch import dsl_layers as dsl_layers
+    from .switch import route as route
     from .train import finetune as finetune
 
 

@@ -11,8 +11,8 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from .functional import op_name, tensor_at
-from .rules import RULES, Axis, Binding, Reason, kept_size, leaves, symbolic
+from .functional import op_name, symbolic, tensor_at
+from .rules import RULES, Axis, Binding, Reason, kept_size, leaves
 
 Kept = Mapping[Axis, int]
 
@@ -207,19 +207,17 @@ def choose(axes: AxisMap, width: float, projected: frozenset[int] = frozenset())
     """Kept size of every atom that shrinks at `width`: heads before head size, groups before their members."""
     shares: dict[Axis, float] = {}
     free = {atom for atom in axes.atoms() if axes.shrinks(atom, projected)}
-    in_products: set[Axis] = set()
     for term in _products(axes):
         share = width
         for part in term.parts:
             for atom in part.atoms():
-                if atom in free:
-                    in_products.add(atom)
-                    kept = rounded(atom.hint, share)
-                    shares[atom] = max(shares.get(atom, 0.0), share)
-                    if part.find() is atom:  # what this factor could not give up, the next one has to
-                        share = min(1.0, share * atom.hint / kept)
-    for atom in free - in_products:
-        shares[atom] = width
+                if atom not in free:
+                    continue
+                settled = shares.setdefault(atom, share)  # by the first product that holds it
+                if part.find() is atom:  # what this factor could not give up, the next one has to
+                    share = min(1.0, share * atom.hint / rounded(atom.hint, settled))
+    for atom in free:
+        shares.setdefault(atom, width)
     return {atom: rounded(atom.hint, share) for atom, share in shares.items()}
 
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from .errors import CaptureError
-from .functional import drop_assertions, functionalise
+from .functional import drop_assertions, functionalise, size_words
 from .guards import Guards as Guards
 from .guards import add_guards
 
@@ -107,7 +107,7 @@ def capture(
                 "Give the right shape with --input, such as --input 1x1x16000."
             ) from error
         reason = ""
-        for words, dynamic, example in _attempts(module, args, kwargs):
+        for dynamic, example in _attempts(module, args, kwargs):
             try:
                 graph_module = _export(_copy(module), *example, dynamic, time_limit)
             except _TimeLimit:
@@ -118,7 +118,7 @@ def capture(
                 continue
             reason = _differs(graph_module, module, expected, args, kwargs)
             if not reason:
-                return Graph(graph_module, args, kwargs, words, time.perf_counter() - start, expected)
+                return Graph(graph_module, args, kwargs, _varying(graph_module), time.perf_counter() - start, expected)
     raise CaptureError(
         f"torch.export cannot capture {type(module).__name__}: {reason}. "
         "If only a part of the network needs the switch, capture that part alone: --scope encoder."
@@ -155,36 +155,19 @@ def scope_inputs(
 
 def _attempts(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[str, Any, tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """(what is dynamic in words, dynamic_shapes, example) from the most general to the least."""
-    auto = torch.export.Dim.AUTO
+) -> Iterator[tuple[Callable[[Any], Any], tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """(leaf -> its dynamic axes, example) from the most general to the least."""
+
+    def vary(axes: Callable[[Tensor], Iterable[int]]) -> Callable[[Any], Any]:
+        return lambda leaf: dict.fromkeys(axes(leaf), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
+
     example = _batch_of_two(module, args, kwargs)
     if example is not None:
         batch = next(leaf.shape[0] for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim())
-
-        def every(
-            leaf: Any,
-        ) -> Any:  # images keep height and width: dynamic ones are the main cost and failure of export
-            if not isinstance(leaf, Tensor):
-                return None
-            return dict.fromkeys(range(leaf.dim() if leaf.dim() <= 3 else 1), auto)
-
-        def first(leaf: Any) -> Any:
-            return (
-                {0: auto}
-                if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch
-                else ({} if isinstance(leaf, Tensor) else None)
-            )
-
-        small = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and 1 < leaf.dim() <= 3]
-        if small:
-            yield "batch and length vary", every, example
-        yield "batch varies, other axes are fixed", first, example
-    yield (
-        "every axis is fixed at the example's size",
-        lambda leaf: {} if isinstance(leaf, Tensor) else None,
-        (args, kwargs),
-    )
+        # images keep height and width: letting those vary is the main cost and failure of export
+        yield vary(lambda leaf: range(leaf.dim() if leaf.dim() <= 3 else 1)), example
+        yield vary(lambda leaf: [0] if leaf.dim() and leaf.shape[0] == batch else []), example
+    yield vary(lambda leaf: []), (args, kwargs)
 
 
 def _batch_of_two(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -282,6 +265,17 @@ def _differs(
                 f"the captured graph gives other values than the module (by up to {worst:.2g}); is its forward random?"
             )
     return ""
+
+
+def _varying(captured: fx.GraphModule) -> str:
+    """What the capture let vary, in words: an axis asked to vary may have become fixed."""
+    values = [node.meta.get("val") for node in captured.graph.nodes if node.op == "placeholder"]
+    axes = {
+        at for value in values if isinstance(value, Tensor) for at, size in enumerate(size_words(value)) if size == "*"
+    }
+    if not axes:
+        return "every axis is fixed at the example's size"
+    return "batch varies, other axes are fixed" if axes == {0} else "batch and length vary"
 
 
 def _shapes(tree: Any) -> str:

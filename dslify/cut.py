@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .capture import Graph, capture, scope_inputs
 from .errors import CutError
-from .functional import parameters_read, writes_in_place
+from .functional import parameters_read, size_words, writes_in_place
 from .macs import node_macs
 
 
@@ -166,7 +166,7 @@ def cut_points_of(captured: Graph, prefix: str = "") -> list[CutPoint]:
         base = sum(macs.get(part, 0) for part in parts.base) // captured.samples
         point = CutPoint(
             prefix + path,
-            tuple(size if isinstance(size, int) else "*" for size in node.meta["val"].shape),
+            size_words(node.meta["val"]),
             base,
             total - base,
             parameters_read(captured.module, parts.base),

@@ -58,6 +58,19 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         return copy.deepcopy(module, memo)
 
 
+def symbolic(size: Any) -> Any:
+    """int or sympy expression of an int or SymInt; a SymInt that the capture fixed later is an int."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr if hasattr(size, "node") else size
+    return int(expression) if expression.is_Integer else expression
+
+
+def size_words(value: torch.Tensor) -> tuple[Any, ...]:
+    """A captured value's shape, "*" for axes that vary."""
+    return tuple(size if isinstance(size, int) else "*" for size in map(symbolic, value.shape))
+
+
 def drop_assertions(graph: fx.Graph) -> None:
     """Remove run-time assertions: the guards at the inputs cover shapes, and a narrow copy has other ones inside."""
     for node in reversed(graph.nodes):

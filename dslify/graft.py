@@ -14,7 +14,7 @@ from .axes import AxisMap, Boundary
 from .capture import Graph
 from .cut import Partition
 from .errors import CutError
-from .functional import put_tensor, tensor_at
+from .functional import put_tensor, symbolic, tensor_at
 from .switch import DSLayer, Layout, Mask, Switch
 
 
@@ -67,7 +67,7 @@ def make_layer(
     first = entering[0] if entering[0] is not None and entering[0].axis is not None else Layout(0)
     channel_axis = _cut_channels(axes.boundaries[0], first)
     shape = [1] * len(parts.cut.meta["val"].shape)
-    for at, size in enumerate(parts.cut.meta["val"].shape):
+    for at, size in enumerate(map(symbolic, parts.cut.meta["val"].shape)):
         if at == channel_axis or (mask == "element" and isinstance(size, int) and at != first.axis):
             shape[at] = size
     state = torch.random.get_rng_state()
@@ -127,7 +127,7 @@ def _cut_channels(boundary: Boundary, first: Layout) -> int:
         return boundary.channel_axis
     rank = len(boundary.axes)
     at = 1 if rank in (2, 4, 5) else rank - 1
-    if rank < 2 or not isinstance(boundary.node.meta["val"].shape[at], int):
+    if rank < 2 or not isinstance(symbolic(boundary.node.meta["val"].shape[at]), int):
         raise CutError(f"The value at the cut, of {rank} axes, has no channel axis of fixed size; choose another cut.")
     return at
 
@@ -137,8 +137,8 @@ def _batch_symbol(graph: fx.Graph) -> Any:
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, Tensor) and value.dim():
-            size = value.shape[0]
-            return None if isinstance(size, int) else size.node.expr
+            size = symbolic(value.shape[0])
+            return None if isinstance(size, int) else size
     return None
 
 
@@ -152,10 +152,10 @@ def layout(node: fx.Node, batch: Any) -> Layout | None:
         if expression is None or batch not in expression.free_symbols:
             return Layout()
         return Layout(scales=True) if batch not in (expression / batch).free_symbols else None
-    for at, size in enumerate(value.shape):
-        if isinstance(size, int) or batch not in size.node.expr.free_symbols:
+    for at, size in enumerate(map(symbolic, value.shape)):
+        if isinstance(size, int) or batch not in size.free_symbols:
             continue
-        times = size.node.expr / batch
+        times = size / batch
         return Layout(at, int(times)) if times.is_Integer else None
     return Layout()
 

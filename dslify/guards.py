@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from .errors import OptionError
+from .functional import symbolic
 
 
 class Guards(nn.Module):
@@ -42,8 +43,8 @@ class Guards(nn.Module):
 
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
-    ast.Div: operator.truediv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.Eq: operator.eq, ast.NotEq: operator.ne,
-    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.Div: operator.truediv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.Eq: operator.eq,
+    ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
 _CALLS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "abs": abs}
 
@@ -75,29 +76,19 @@ def add_guards(graph: fx.Graph, exported: Any, args: tuple[Any, ...], kwargs: di
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     checks: list[str] = []
     sources = _sources(graph, args, kwargs)
-    for at, node in enumerate(inputs):
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            continue
-        for axis, size in enumerate(value.shape):
-            if isinstance(size, int):
-                checks.append(f"arg{at}_{axis} == {size}")
-            else:
-                low = (
-                    exported.range_constraints[size.node.expr].lower
-                    if size.node.expr in exported.range_constraints
-                    else 0
-                )
-                if low > 2:
-                    checks.append(f"arg{at}_{axis} >= {int(low)}")
     first: dict[Any, str] = {}
     for at, node in enumerate(inputs):
         value = node.meta.get("val")
-        for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if not isinstance(size, int) and size.node.expr.is_symbol:
-                other = first.setdefault(size.node.expr, f"arg{at}_{axis}")
-                if other != f"arg{at}_{axis}":
-                    checks.append(f"arg{at}_{axis} == {other}")
+        for axis, size in enumerate(map(symbolic, value.shape) if isinstance(value, Tensor) else ()):
+            name = f"arg{at}_{axis}"
+            if isinstance(size, int):
+                checks.append(f"{name} == {size}")
+                continue
+            if size.is_symbol and (other := first.setdefault(size, name)) != name:
+                checks.append(f"{name} == {other}")
+            low = exported.range_constraints[size].lower if size in exported.range_constraints else 0
+            if low > 2:  # export says "2 or more" of every axis it lets vary, and 1 runs as well
+                checks.append(f"{name} >= {int(low)}")
     for line in exported._guards_code:
         for source, at in sources.items():
             line = re.sub(re.escape(source) + r"\.size\(\)\[(\d+)\]", rf"arg{at}_\1", line)

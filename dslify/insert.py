@@ -14,7 +14,7 @@ from .axes import AxisMap, analyse, choose, decide_projections
 from .capture import Graph, capture, evaluating, scope_inputs
 from .cut import find_cut, partition
 from .errors import OptionError, VerifyError
-from .functional import copied, parameters_read
+from .functional import copied, parameters_read, size_words
 from .graft import assemble, inline, make_layer, region_inputs, region_module
 from .light import build
 from .macs import node_macs, parameter_count
@@ -124,7 +124,7 @@ def insert_into(captured: Graph, request: Request) -> fx.GraphModule:
         scope=request.scope,
         width=width,
         dynamic=captured.dynamic,
-        cut_shape=tuple(str(size) if isinstance(size, int) else "*" for size in cut.meta["val"].shape),
+        cut_shape=tuple(map(str, size_words(cut.meta["val"]))),
         crossing=tuple(node.name for node in parts.crossing),
         params={
             "base": parameters_read(module, parts.base),

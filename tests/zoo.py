@@ -1,4 +1,4 @@
-"""Networks that the invariants run over: public ones with random weights, and small ones with one awkward thing each."""
+"""Networks that the invariants run over: public ones with random weights, and small ones, each awkward in its way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Network:
-    """make: builds it (random weights). shape: of one input, batch first. at: where it is cut. scope: as in insert()."""
+    """make: builds it (random weights). shape: of one input, batch first. at, scope: as in insert()."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]

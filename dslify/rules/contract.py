@@ -17,7 +17,7 @@ from .terms import Axis, product, same
 
 
 def _bind(b: Binding, node: fx.Node, equation: str, *operands: Terms) -> Terms:
-    """Unify the operands' axes by letters ("bi,oi->bo") and return the output's; its MACs are all letters multiplied."""
+    """Unify the operands' axes by letters ("bi,oi->bo") and return the output's; MACs: all letters multiplied."""
     left, right = equation.split("->")
     named: dict[str, Axis] = {}
     for letters, operand in zip(left.split(","), operands, strict=True):

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ..functional import symbolic
 from .terms import Axis, Reason, unify
 
 Terms = tuple[Axis, ...]
@@ -98,14 +99,6 @@ class Binding:
         if isinstance(value, (tuple, list)):
             return tuple(self._fixed(item, node, why) for item in value)
         return ()
-
-
-def symbolic(size: Any) -> Any:
-    """int or sympy expression of an int or SymInt."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr if hasattr(size, "node") else size
-    return int(expression) if expression.is_Integer else expression
 
 
 def shape(node: Any) -> tuple[Any, ...]:

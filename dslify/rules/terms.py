@@ -4,8 +4,8 @@
     Product of axes            several axes merged into one, the first varying slowest (view, flatten, heads, groups)
     Concat of axes             several axes one after the other (cat, split, chunk)
 
-Equations between terms (`unify`) merge atoms or refine them into structure; contradictions freeze. An atom shrinks if a
-parameter has it (`touched`) and nothing froze it. Sizes are integers, or sympy expressions where the capture is dynamic.
+Equations between terms (`unify`) merge atoms or refine them into structure; contradictions freeze. An atom shrinks if
+a parameter has it (`touched`) and nothing froze it. Sizes are integers, or sympy expressions where the capture is dynamic.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def indices(axis: Axis, chosen: Callable[[Axis], Tensor | None]) -> Tensor:
 
 
 def project(strength: Tensor, axis: Axis) -> Iterator[tuple[Axis, Tensor]]:
-    """Share a non-negative strength per entry of the axis out over its atoms: (atom, strength per entry of the atom)."""
+    """Share a non-negative strength per entry of the axis out over its atoms: (atom, strength per entry)."""
     root = axis.find()
     if root.form is None:
         yield root, strength

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from .table import Binding, Sizes, Terms, arguments, rule, shape, symbolic
+from ..functional import symbolic
+from .table import Binding, Sizes, Terms, arguments, rule, shape
 from .terms import Axis, concat, product, same
 
 
