@@ -6,7 +6,6 @@ became fixed is said. The result shares nothing with the given module: parameter
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import signal
@@ -23,7 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from .errors import CaptureError
-from .functional import drop_assertions, functionalise, size_words
+from .functional import copied, drop_assertions, functionalise, size_words
 from .guards import Guards as Guards
 from .guards import add_guards
 
@@ -243,7 +242,7 @@ def own_tensors(module: nn.Module) -> None:
 def _copy(module: nn.Module) -> nn.Module:
     """A fresh copy for one attempt: after a failure the same object can fail again (caches in the module)."""
     try:
-        return copy.deepcopy(module)
+        return copied(module)
     except Exception:  # weight_norm's recomputed weights, open files ...
         return module
 

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from typer import Abort, TyperException
+from typer import Context, Exit, TyperException
 from typer.core import TyperGroup
 
-from .errors import DslifyError, OptionError
+from .errors import DslifyError
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .data import DataReport, Samples
+    from .plan import Plan
+
+SKIPPED_SHOWN = 10
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes; the second is the shell's for Ctrl-C
 COLUMNS = 100  # of a table that goes to a file or a pipe
 
 
 class Door(TyperGroup):
-    """The group of commands. What a user can cause leaves here as one line on stderr and an exit code of 2, Ctrl-C as one
-    line and 130; everything else is a fault of dslify and keeps its traceback.
+    """The group of commands. What a user can cause leaves here as one line on stderr and an exit code of 2, Ctrl-C as
+    one line and 130; everything else is a fault of dslify and keeps its traceback.
     """
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
@@ -32,19 +40,23 @@ class Door(TyperGroup):
             code = _fail(str(error))
         except TyperException as error:
             code = _fail(_usage(error))
-        except Abort:
-            code = INTERRUPTED
         except OSError as error:
             if error.filename is None:
                 raise
             code = _fail(f"{error.filename}: {error.strerror}; dslify cannot go on without it.")
-        if code == INTERRUPTED:
-            print("interrupted; what was on disk before is still there", file=sys.stderr)
         sys.exit(code or 0)
+
+    def invoke(self, ctx: Context) -> Any:
+        """As in typer; Ctrl-C is told here, because the parser would drop what it says."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            print(f"interrupted; {stop or 'no file was changed'}", file=sys.stderr)
+            raise Exit(INTERRUPTED) from None
 
 
 class Output:
-    """Where a command's result goes: text, or with `as_json` exactly one JSON document on stdout, or with `quiet` nothing.
+    """Where a command's result goes: text, or with `as_json` one JSON document on stdout, or with `quiet` nothing.
 
     Used as a context: with `as_json` whatever the work inside prints goes to stderr, and the document is printed at the
     end if the work succeeded.
@@ -85,38 +97,75 @@ class Output:
             else:
                 console.print(part)
 
-
-def number(
-    name: str, text: str, words: str, above: float = -math.inf, least: float = -math.inf, most: float = math.inf, below: float = math.inf
-) -> float:
-    """`text` as a finite number with above < number < below and least <= number <= most.
-
-    words: the allowed range, as the message says it. Raises OptionError: "width must be above 0 and at most 1; got 1.5."
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        raise OptionError(f"{name} must be {words}; got {text!r}.") from None
-    if not (above < value < below and least <= value <= most and math.isfinite(value)):
-        raise OptionError(f"{name} must be {words}; got {text}.")
-    return value
+    def next(self, *words: str) -> None:
+        """The command to run next."""
+        self.show(f"next: dslify {shlex.join(words)}")
 
 
-def whole(name: str, text: str, least: int = 0) -> int:
-    """`text` as a whole number of at least `least`. Raises OptionError."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise OptionError(f"{name} must be a whole number of at least {least}; got {text!r}.") from None
-    if value < least:
-        raise OptionError(f"{name} must be a whole number of at least {least}; got {text}.")
-    return value
+def read_data(net: nn.Module, source: str, rate: int | None, out: Output) -> Samples:
+    """The data as the network takes it; what was skipped is said."""
+    from . import open_data
+    from .data import expected_shape
+
+    samples = open_data(source, expected_shape(net), rate=rate, progress=out.progress)
+    out.show(*_data_lines(samples.report))
+    return samples
+
+
+def grouped(samples: Samples, by: str) -> Samples:
+    """Labels for the rows of a table."""
+    from dataclasses import replace
+
+    if by == "label":
+        return samples
+    return replace(samples, labels=samples.sources if by == "source" else ("",) * len(samples))
+
+
+def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -> None:
+    """What was cut and where, with costs."""
+    from . import report
+    from .cost import cost
+    from .switch import dsl_layers
+
+    layer = dsl_layers(net)[0]
+    rows = cost(net)
+    out.document = {
+        "file": str(file),
+        "threshold": layer.threshold.item(),
+        "plan": layer.plan.to_json(),
+        "cost": [row.to_json() for row in rows],
+    }
+    out.show(report.surgery(rows, layer.plan))
+    if explain:
+        out.show(*_explained(layer.plan))
 
 
 def size_of(path: Path) -> str:
-    """"275 kB", of a file."""
+    """ "275 kB", of a file."""
     size = path.stat().st_size
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{max(1, round(size / 1e3))} kB"
+
+
+def _data_lines(found: DataReport) -> list[str]:
+    """What was read from where, each file that was skipped with its reason, and remarks."""
+    sound = f", {found.seconds:.0f} s" if found.seconds else ""
+    lines = [f"{found.origin}: {found.samples} samples from {found.read} file{'s' * (found.read != 1)}{sound}"]
+    if found.skipped:
+        lines.append(f"  skipped {len(found.skipped)}:")
+        lines += [f"    {name}: {reason}" for name, reason in found.skipped[:SKIPPED_SHOWN]]
+    if len(found.skipped) > SKIPPED_SHOWN:
+        lines.append(f"    and {len(found.skipped) - SKIPPED_SHOWN} more (all of them with --json)")
+    return [*lines, *(f"  note: {note}" for note in found.notes)]
+
+
+def _explained(plan: Plan) -> list[str]:
+    """One line a tensor of the light path: its shape before and after, and why an axis stayed."""
+    lines = []
+    for tensor in plan.tensors:
+        sizes = ["x".join(map(str, shape)) or "scalar" for shape in (tensor.before, tensor.after)]
+        why = "; ".join(dict.fromkeys(reason for reason in tensor.why if reason))
+        lines.append(f"{tensor.name}: {' -> '.join(dict.fromkeys(sizes))}" + (f" ({why})" if why else ""))
+    return lines
 
 
 def _fail(sentence: str) -> int:
@@ -129,4 +178,5 @@ def _usage(error: TyperException) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "dslify"
     said = " ".join(error.format_message().split()).rstrip(".")
-    return f"{said[:1].lower()}{said[1:]}; see {command} --help."
+    said = said[:1].lower() + said[1:]
+    return f"{said} See {command} --help." if said.endswith("?") else f"{said}; see {command} --help."

@@ -41,9 +41,10 @@ def cost(net: nn.Module) -> tuple[Cost, ...]:
     if len(layers) != 1:
         raise OptionError(f"cost() reads networks with one Dynamic Switch Layer; this one has {len(layers)}.")
     layer = layers[0]
-    graph = next(
-        module for module in net.modules() if isinstance(module, fx.GraphModule) and layer in module.children()
-    )
+    graphs = [module for module in net.modules() if isinstance(module, fx.GraphModule) and layer in module.children()]
+    if not graphs:
+        raise OptionError("cost() reads networks that dslify.insert made; this one's layer was put in by hand.")
+    graph = graphs[0]
     example = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in graph.meta["dslify"]["example"]]
     samples = max(1, example[0].shape[0]) if example and example[0].dim() else 1
     calls: list[tuple[Any, ...]] = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -29,16 +31,17 @@ from .train import finetune
 
 RECIPE = "recipes.soundstream"
 RATE = 16_000
-WIDTH = 0.1
+WIDTH = 0.18  # a light path with over 20 times fewer parameters and 12 times fewer MACs
 STEPS, SWITCH_STEPS = 1200, 600
-MAX_DIFFERENCE = 0.1  # mean relative difference from the full path that the threshold may cost
+MAX_DIFFERENCE = 0.05  # mean relative difference from the full path that routing may cost
 SEED = 0
-LISTEN = ("full", "mixed", "light")  # routes that one test clip is coded on
+THREADS = 1  # the same numbers on every number of cores; the networks are too small to gain from more
+ROUTES = ("full", "mixed", "light")  # that the clip to listen to is coded on
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Everything the demo found, in the order of its steps."""
+    """What the demo found, in the order of its steps. files: written, by name."""
 
     costs: tuple[Cost, ...]
     history: History
@@ -48,11 +51,126 @@ class Demo:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
+        """Everything but the time is the same in every run on one machine."""
+        training = self.history.to_json()
+        for phase in training["phases"]:
+            del phase["losses"]  # they lie in the run folder
         return {
             "cost": [row.to_json() for row in self.costs],
-            "training": self.history.to_json(),
+            "training": training,
             "calibration": self.calibration.to_json(),
             "evaluation": self.evaluation.to_json(),
             "files": list(self.files),
             "seconds": round(self.seconds, 1),
         }
+
+
+def run(folder: Path, out: Output) -> Demo:
+    """Everything, with its files in `folder`; those of an earlier demo are replaced.
+
+    Raises LoadError where the recipe or its sound is not installed.
+    """
+    started = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        return _run(folder, out, started)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(folder: Path, out: Output, started: float) -> Demo:
+    codec, cut, sound = _recipe()
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    parameters = sum(parameter.numel() for parameter in codec.parameters())
+    out.show(
+        f"1. A speech codec, {report.human(parameters)} parameters. Its encoder is cut behind {cut}:",
+        "   what follows gets a light path that inherits the strongest channels, and a switch that chooses.",
+        "",
+    )
+    net = insert(codec, cut, WIDTH, (codec.example_input_array,), scope="encoder", seed=SEED)
+    (layer,) = dsl_layers(net)
+    costs = cost(net)
+    out.show(report.surgery(costs, layer.plan))
+
+    out.show(
+        "2. Fine-tuning: the light path on train, the switch on half of valid. Base and full path stay as they are.", ""
+    )
+    shape = expected_shape(net)
+    train, valid, test = (
+        open_data(sound / name, shape, rate=RATE, progress=out.progress) for name in ("train", "valid", "test")
+    )
+    for_switch, for_threshold = split(valid, (0.5, 0.5), SEED)
+    history = finetune(
+        net,
+        train,
+        switch_data=for_switch,
+        steps=STEPS,
+        switch_steps=SWITCH_STEPS,
+        run_dir=folder / "run",
+        checkpoint_every=500,
+        seed=SEED,
+        threads=THREADS,
+        progress=out.progress,
+    )
+    out.show(report.training(history), "")
+
+    out.show(
+        "3. The threshold, on the other half of valid: as high as it may be for the difference that is allowed.", ""
+    )
+    calibration = calibrate(net, for_threshold, max_difference=MAX_DIFFERENCE, progress=out.progress)
+    out.show(report.calibration(calibration), "")
+
+    out.show("4. The test, on voices and sounds that nothing above has heard.", "")
+    evaluation = evaluate(net, test, seed=SEED, progress=out.progress)
+    out.show(report.evaluation(evaluation), "")
+
+    written = [save(net, folder / "codec.dsl", force=True), *_listen(net, test, folder)]
+    files = tuple(path.relative_to(folder).as_posix() for path in written)
+    found = Demo(
+        costs, history, calibration, evaluation, (*files, "report.json", "run/"), time.perf_counter() - started
+    )
+    _write(folder / "report.json", json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+    out.show(f"5. Written to {folder}/: {', '.join(found.files)}.", f"   {found.seconds:.0f} s in all.")
+    out.next("inspect", str(folder / "codec.dsl"))
+    return found
+
+
+def _recipe() -> tuple[nn.Module, str, Path]:
+    """The codec, its cut and the folder of sound: from a checkout or from the installed package."""
+    try:
+        model = importlib.import_module(f"{RECIPE}.model")
+        sound = Path(str(resources.files(RECIPE) / "demo_sound"))
+    except ModuleNotFoundError as error:
+        raise LoadError(
+            f"The demo needs {error.name}, which is not installed; install dslify with its soundstream extra: "
+            "pip install 'dslify[soundstream]'."
+        ) from error
+    if not sound.is_dir():
+        raise LoadError(f"The demo's sound is not at {sound}; install dslify again, or run the demo from a checkout.")
+    return model.pretrained(), model.CUT, sound
+
+
+def _listen(net: nn.Module, test: Samples, folder: Path) -> list[Path]:
+    """The test's first two voices, coded on each route, as files to listen to."""
+    voices = [source for source in dict.fromkeys(test.sources) if source.startswith("speech")][:2]
+    positions = [at for at, source in enumerate(test.sources) if source in voices]
+    batch = test.batch(positions)
+    written = [folder / "speech_original.flac"]
+    sounds = {written[0]: batch}
+    for mode in ROUTES:
+        written.append(folder / f"speech_{mode}.flac")
+        with torch.no_grad(), route(net, mode):
+            sounds[written[-1]] = net(batch)
+    for path, sound in sounds.items():
+        temporary = path.with_name(f".{path.name}.tmp")
+        soundfile.write(temporary, sound.flatten().clamp(-1, 1).numpy(), RATE, format="FLAC", subtype="PCM_16")
+        os.replace(temporary, path)
+    return written
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 
 from .errors import StoreError
+from .functional import tensor_at
 
 _NAMESPACES = ("aten", "torchvision", "torchaudio", "dslify")
 _WITH_SIDE_EFFECTS = ("aten.from_file", "aten._print", "aten.record_stream")  # read files, print
@@ -71,33 +72,31 @@ def encode(
     graphs = {
         str(node.target)
         for node in module.graph.nodes
-        if node.op == "get_attr" and isinstance(_at(module, node.target), fx.GraphModule)
+        if node.op == "get_attr" and isinstance(tensor_at(module, str(node.target)), fx.GraphModule)
     }
-    modules: dict[str, Any] = {}
-    for path in sorted(called | graphs):
-        check_path(path)
-        inner = module.get_submodule(path)
-        if submodule is not None:
-            modules[path] = submodule(inner, f"{prefix}{path}.")
-        elif isinstance(inner, fx.GraphModule):
-            modules[path] = encode(inner, tensors, f"{prefix}{path}.")
-        else:
-            raise StoreError(f"{path} is a {type(inner).__name__}, which a stored graph cannot hold.")
-        keys = {id(tensor): key for key, tensor in tensors.items()}
+    modules: dict[str, Any] = {}  # all in their order, so that parameters keep theirs (optimizers count them)
     names: dict[str, str] = {}
     transient: list[str] = []
-    for path, owner in module.named_modules():
-        if any(path == taken or path.startswith(f"{taken}.") for taken in modules):
+    inside = ""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        if inside and path.startswith(inside):
             continue
+        if path:
+            check_path(path)
+        if path in called or path in graphs:
+            inside = f"{path}."
+            modules[path] = _encode_called(owner, tensors, prefix + inside, submodule)
+            keys = {id(tensor): key for key, tensor in tensors.items()}
+            continue
+        if path:
+            modules[path] = None
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is None:
                 continue
             full = f"{path}.{name}" if path else name
             check_path(full)
-            if id(tensor) not in keys:
-                keys[id(tensor)] = prefix + full
-                tensors[prefix + full] = tensor
-            names[full] = keys[id(tensor)]
+            names[full] = keys.setdefault(id(tensor), prefix + full)
+            tensors.setdefault(names[full], tensor)
             if name in owner._non_persistent_buffers_set:
                 transient.append(full)
     return {
@@ -109,6 +108,19 @@ def encode(
         "modules": modules,
         "meta": module.meta.get("dslify"),
     }
+
+
+def _encode_called(
+    inner: nn.Module,
+    tensors: dict[str, Tensor],
+    prefix: str,
+    submodule: Callable[[nn.Module, str], dict[str, Any]] | None,
+) -> dict[str, Any]:
+    if submodule is not None:
+        return submodule(inner, prefix)
+    if isinstance(inner, fx.GraphModule):
+        return encode(inner, tensors, prefix)
+    raise StoreError(f"{prefix.rstrip('.')} is a {type(inner).__qualname__}, which a stored graph cannot hold.")
 
 
 def decode(
@@ -124,13 +136,16 @@ def decode(
     _need(isinstance(data, Mapping) and isinstance(data.get("nodes"), list), "a graph has no list of nodes")
     net = fx.GraphModule(nn.Module(), fx.Graph(), class_name=identifier(data["class"]))
     for path, inner in _mapping(data["modules"]).items():
-        made = submodule(inner) if submodule is not None else decode(inner, tensors)
-        _place(net, path, made)
+        if inner is None:
+            _place(net, path, nn.Module())
+        else:
+            _place(net, path, submodule(inner) if submodule is not None else decode(inner, tensors))
     transient = set(data["transient"])
     for path, key in _mapping(data["tensors"]).items():
         _need(key in tensors, f"the weights of {path} are missing")
         _place(net, path, tensors[key], path not in transient)
-    attributes = {"get_attr": {*data["tensors"], *data["modules"]}, "call_module": set(data["modules"])}
+    called = {path for path, inner in data["modules"].items() if inner is not None}
+    attributes = {"get_attr": {*data["tensors"], *called}, "call_module": called}
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     for item in data["nodes"]:
@@ -196,7 +211,7 @@ def _check_tree(tree: Any) -> None:
     keys = json.loads(context) if isinstance(context, str) else 0
     named = isinstance(keys, list) and all(isinstance(key, (str, int)) for key in keys)
     _need(named or keys is None, "the description of the inputs or outputs is damaged")
-    for child in children:
+    for child in children or ():
         _check_tree(child)
 
 
@@ -329,28 +344,20 @@ def _decode_value(data: Any, env: Mapping[str, fx.Node]) -> Any:
 
 
 def _place(net: nn.Module, path: str, value: nn.Module | Tensor, persistent: bool = True) -> None:
-    """Put a tensor or a module at a dotted path, making plain containers on the way."""
+    """Put a tensor or a module at a dotted path, inside plain containers that are there already."""
     check_path(path)
     *parents, name = path.split(".")
     owner = net
     for part in parents:
-        if part not in owner._modules:
-            _need(not hasattr(owner, part), f"{path} is no place for a tensor")
-            owner.add_module(part, nn.Module())
-        _need(type(owner._modules[part]) is nn.Module, f"{path} is no place for a tensor")
+        _need(type(owner._modules.get(part)) is nn.Module, f"{path} is no place in the network")
         owner = owner.get_submodule(part)
-    _need(not hasattr(owner, name), f"{path} is there twice")
+    _need(not hasattr(owner, name), f"{path} is no free place in the network")
     if isinstance(value, nn.Module):
         owner.add_module(name, value)
     elif isinstance(value, nn.Parameter):
         owner.register_parameter(name, value)
     else:
         owner.register_buffer(name, value, persistent)
-
-
-def _at(module: nn.Module, target: Any) -> Any:
-    owner, _, name = str(target).rpartition(".")
-    return getattr(module.get_submodule(owner), name)
 
 
 def identifier(name: Any) -> str:

@@ -1,8 +1,8 @@
 """A file or a name -> an nn.Module in eval mode. Nothing is imported or called because a file says so.
 
 Two kinds of files carry code: pickles call what they name, and torch.export archives hold pickles, libraries and
-strings that torch evaluates. Here a pickle is read as symbols first, what it would call is held against short lists, and
-only then torch reads it, with weights_only. Of an archive torch reads a copy that holds nothing which can run.
+strings that torch evaluates. Here a pickle is read as symbols first, what it would call is held against short lists,
+and only then torch reads it, with weights_only. Of an archive torch reads a copy that holds nothing which can run.
 """
 
 from __future__ import annotations
@@ -336,7 +336,7 @@ _CALLED = {  # what torch itself and plain containers need; each makes a value a
     "_codecs.encode",
 }
 _KNOWN_MODULES = re.compile(
-    r"torch\.nn\.modules\.\w+|timm\.(layers|models)(\.\w+)*|torchaudio\.(models|transforms)(\.\w+)*"
+    r"torch\.nn\.modules\.\w+|torch\.nn\.parallel\.data_parallel|timm\.(layers|models)(\.\w+)*|torchaudio\.(models|transforms)(\.\w+)*"
     r"|torchvision\.(models|ops|transforms)(\.\w+)*|transformers\.models(\.\w+)*\.(modeling|configuration)_\w+"
     r"|transformers\.(activations|backbone_utils|configuration_utils|pytorch_utils|generation\.configuration_utils)"
     r"|dslify\.(switch|capture)"
@@ -355,7 +355,11 @@ _HOOKS = _under(  # the old weight_norm and spectral_norm: plain values that com
     "weight_norm.WeightNorm spectral_norm.SpectralNorm spectral_norm.SpectralNormStateDictHook "
     "spectral_norm.SpectralNormLoadStateDictPreHook",
 )
-_CONFIGURATIONS = {"PreTrainedConfig", "GenerationConfig", "FeatureInfo"}  # classes that only carry values
+_WRAPPED = "torch.nn.modules.module._WrappedHook"
+_VALUES = {  # classes that carry settings and no more
+    *("PreTrainedConfig", "GenerationConfig", "FeatureInfo"),
+    *("BoxCoder", "BoxLinearCoder", "Matcher", "BalancedPositiveNegativeSampler"),  # of torchvision's detectors
+}
 _OPCODES_THAT_PUSH = {
     *("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1", "BININT2"),
     *("BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1"),
@@ -400,6 +404,7 @@ def symbols(data: bytes) -> tuple[set[_Name], list[_Use]]:
     stack: list[Any] = []
     marks: list[list[Any]] = []
     memo: dict[int, Any] = {}
+    arg: Any
     for opcode, arg, _ in pickletools.genops(data):
         match opcode.name:
             case "GLOBAL":
@@ -508,7 +513,7 @@ def _admit(path: Path, name: _Name, trust: tuple[str, ...], written: Mapping[str
     if name.module in written:
         return None
     vouched = _vouched(name.module, trust, written)
-    known = name in _KNOWN_FUNCTIONS or name in _HOOKS or name in _KNOWN_VALUES
+    known = name in _KNOWN_FUNCTIONS or name in _HOOKS or name in _KNOWN_VALUES or name == _WRAPPED
     if not vouched and not known and not _KNOWN_MODULES.fullmatch(name.module):
         return None
     try:
@@ -539,7 +544,7 @@ def _plain_class(kind: type) -> bool:
         return False
     if issubclass(kind, (enum.Enum, tuple)):
         return True
-    values = dataclasses.is_dataclass(kind) or any(base.__name__ in _CONFIGURATIONS for base in kind.__mro__)
+    values = dataclasses.is_dataclass(kind) or any(base.__name__ in _VALUES for base in kind.__mro__)
     return kind.__new__ is object.__new__ and (issubclass(kind, nn.Module) or values)
 
 
@@ -587,14 +592,19 @@ def _check_callables(path: Path, model: nn.Module, vouched: set[int]) -> None:
             kind = type(value)
             if "hooks" in key and isinstance(value, Mapping):
                 for hook in value.values():
+                    hook = vars(hook).get("hook") if _full_name(type(hook)) == _WRAPPED else hook
                     called = type(hook)
-                    allowed = f"{called.__module__}.{called.__qualname__}" in _HOOKS or isinstance(hook, bool)
+                    allowed = _full_name(called) in _HOOKS or isinstance(hook, bool)
                     if not allowed and not {id(called), id(hook)} & vouched:
                         raise UntrustedError(
                             f"{path} has a module with a hook, {called.__qualname__}; it was not loaded."
                         )
             elif callable(value) and callable(getattr(type(module), key, None)) and not {id(kind), id(value)} & vouched:
                 raise UntrustedError(f"{path} replaces the method {key} of {type(module).__name__}; it was not loaded.")
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _executed(code: tuple[str | os.PathLike[str], ...]) -> dict[str, list[types.ModuleType]]:
@@ -650,7 +660,8 @@ def _stranger_sentence(path: Path, names: list[_Name], code_given: bool) -> str:
 # Exported programs
 
 
-_TEXT_KEYS = {"as_string", "as_strings", "nn_module_stack", "torch_version"}  # never evaluated
+_UNREAD_KEYS = {"nn_module_stack", "torch_version"}
+_QUOTABLE = re.compile(r"[\w ,.:;<>()+*=/-]*")  # torch puts text inputs between quotes in the source of its guards
 _PATH_KEYS = {"parameter_name", "buffer_name", "tensor_constant_name", "user_input_name", "fqn", "path_name"}
 _DROPPED_KEYS = {"stack_trace", "source_fn_stack", "torch_fn", "custom", "from_node", "treespec_namedtuple_fields"}
 _SYMPY = re.compile(
@@ -678,13 +689,15 @@ def _exported(path: Path) -> nn.Module:
             root = format_file.removesuffix("archive_format")
             program = _vetted(json.loads(archive.read(f"{root}models/model.json")))
             writer.write_bytes("models/model.json", json.dumps(program).encode())
-            writer.write_bytes("data/sample_inputs/model.pt", b"")
+            example = _example(archive.read(f"{root}data/sample_inputs/model.pt"))
+            again = io.BytesIO()
+            torch.save(example, again)
+            writer.write_bytes("data/sample_inputs/model.pt", again.getvalue() if example else b"")
             for kind in ("weights", "constants"):
                 config = json.loads(archive.read(f"{root}data/{kind}/model_{kind}_config.json"))
                 writer.write_bytes(f"data/{kind}/model_{kind}_config.json", json.dumps(_vetted(config)).encode())
                 for file in _payloads(config["config"]):
                     writer.write_bytes(f"data/{kind}/{file}", archive.read(f"{root}data/{kind}/{file}"))
-            example = _example(archive.read(f"{root}data/sample_inputs/model.pt"))
     except StoreError as error:
         raise UntrustedError(f"{path} was not loaded: {error}") from None
     except (KeyError, StopIteration) as error:
@@ -706,7 +719,7 @@ def _exported(path: Path) -> nn.Module:
     for child in module.modules():
         child.training = False  # .eval() of an exported module raises
     if example is not None:
-        module.example_input_array, module.example_kwargs = example
+        module.__dict__.update(example_input_array=example[0], example_kwargs=example[1])
     return module
 
 
@@ -745,7 +758,9 @@ def _vetted(data: Any, key: str = "") -> Any:
             identifier(data or "empty")
         case str() if key in _PATH_KEYS:
             check_path(data or "empty")
-        case str() if key not in _TEXT_KEYS:
+        case str() if key in ("as_string", "as_strings") and _QUOTABLE.fullmatch(data):
+            pass
+        case str() if key not in _UNREAD_KEYS:
             raise StoreError(f"it has a text where none belongs ({key[:50]}).")
     return data
 
@@ -785,12 +800,22 @@ def _check_expression(text: str) -> None:
 
 
 def _example(data: bytes) -> tuple[Any, dict[str, Any]] | None:
-    """The example inputs (args, kwargs) if they are plain tensors, else None."""
+    """The example inputs (args, kwargs) if they are plain values, else None. Their keys get into source code too."""
     try:
-        args, kwargs = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        example = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        pending = [example]
+        while pending:
+            value = pending.pop()
+            if type(value) is dict:
+                pending += [item for key, item in value.items() if identifier(key)]
+            elif type(value) in (tuple, list):
+                pending += value
+            elif not (value is None or type(value) in (Tensor, bool, int, float)):
+                return None
+        args, kwargs = example
     except Exception:
         return None
-    return (args, kwargs) if isinstance(args, tuple) and isinstance(kwargs, dict) else None
+    return (args, kwargs) if type(args) is tuple and type(kwargs) is dict else None
 
 
 def _own_memory(module: nn.Module) -> None:

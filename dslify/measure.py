@@ -14,20 +14,16 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
-from .calibrate import Metric, Observations, collect, only_layer, plain
 from .cost import cost
 from .data import expected_shape, open_data
 from .errors import VerifyError
 from .losses import SCORE_FLOOR
+from .observe import Metric, Observations, collect, only_layer, plain
+from .resampling import ROUNDING, Interval, Resample, correlation, quietest, random_spread, spearman
 
 EQUAL = 0.01  # mean relative difference of light and full under which any routing passes
-REPLICATES = 1000  # of the bootstrap
 FEW_SOURCES = 10  # below, an interval over sources is a rough guess
 COMPOSED = 1e-3  # relative: how far a routed batch may be from its samples put together one by one
-ROUNDING = 1e-6  # differences and relative variations below it are rounding
-CELLS = 1_000_000  # replicates times samples held at once
-
-Interval = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -83,9 +79,10 @@ class Evaluation:
     """What `evaluate` found. Intervals: 95 %, bootstrap over sources.
 
     rows: full, light, mixed, random, oracle, loudness. kinds: "all", then every label.
-    saved: part of random routing's difference that the switch avoids, 1 - mixed / random. reach: how far mixed gets
-    from random towards the oracle, 0 to 1. composed: the mixed difference put together from the two paths' outputs,
-    to hold against the measured one. void: the comparison says nothing, `verdict` says why. notes: what to beware of.
+    saved: part of random routing's difference that the switch avoids, 1 - mixed / random; saved_loudness: the same
+    against loudness. reach: how far mixed gets from random towards the oracle, 0 to 1. composed: the mixed difference
+    put together from the two paths' outputs, to hold against the measured one. void: the comparison says nothing,
+    `verdict` says why. notes: what to beware of.
     """
 
     threshold: float
@@ -95,6 +92,8 @@ class Evaluation:
     kinds: tuple[Kind, ...]
     saved: float
     saved_interval: Interval
+    saved_loudness: float
+    saved_loudness_interval: Interval
     reach: float
     composed: float
     void: bool
@@ -138,7 +137,7 @@ def judge(seen: Observations, threshold: float, macs: dict[str, float] | None = 
     if not len(seen.taken) == len(seen.mixed) == len(seen):
         raise VerifyError("These observations are not of a routed run; collect them with routed=True.")
     names, source = np.unique(np.array(seen.sources), return_inverse=True)
-    draw = _Resample(source, len(names), seed)
+    draw = Resample(source, len(names), seed)
     rows = _rows(seen, macs or {}, draw)
     labels = sorted(set(seen.labels))
     if len(labels) == 1 and labels[0] in ("", "all"):
@@ -147,7 +146,11 @@ def judge(seen: Observations, threshold: float, macs: dict[str, float] | None = 
     kinds += [_kind(label, seen, draw, np.array(seen.labels) == label) for label in labels]
     mixed, random, oracle = (_row(rows, name).difference for name in ("mixed", "random", "oracle"))
     composed = float(np.where(seen.taken, seen.difference, 0.0).mean())
-    saved, saved_interval = _saved(seen, draw)
+    light, taken, quiet = seen.difference, seen.taken.astype(float), quietest(seen.loudness, int(seen.taken.sum()))
+    saved, saved_interval = _saved(draw, mixed, random, draw.means(seen.mixed), draw.means(taken) * draw.means(light))
+    saved_loudness, saved_loudness_interval = _saved(
+        draw, mixed, _row(rows, "loudness").difference, draw.means(seen.mixed), draw.means(quiet * light)
+    )
     void, verdict = _verdict(seen, saved, saved_interval)
     return Evaluation(
         threshold=threshold,
@@ -157,6 +160,8 @@ def judge(seen: Observations, threshold: float, macs: dict[str, float] | None = 
         kinds=tuple(kinds),
         saved=saved,
         saved_interval=saved_interval,
+        saved_loudness=saved_loudness,
+        saved_loudness_interval=saved_loudness_interval,
         reach=(random - mixed) / (random - oracle) if random - oracle > ROUNDING else math.nan,
         composed=composed,
         void=void,
@@ -166,83 +171,7 @@ def judge(seen: Observations, threshold: float, macs: dict[str, float] | None = 
     )
 
 
-def quietest(values: np.ndarray, count: int) -> np.ndarray:
-    """Weights 0 to 1 of sum `count` on the smallest values; equal values at the border share what is left evenly."""
-    if count == 0:
-        return np.zeros(len(values))
-    border = np.sort(values)[count - 1]
-    sure, tied = values < border, values == border
-    return sure + tied * (count - sure.sum()) / tied.sum()
-
-
-def random_spread(difference: np.ndarray, count: int) -> float:
-    """Standard deviation of the mean difference when `count` of the samples go light, over all ways to choose them.
-
-    Drawing without replacement: var(sum) = k (1 - k / n) S^2, S^2 the variance with n - 1.
-    """
-    n = len(difference)
-    return math.sqrt(count * (1 - count / n) * difference.var(ddof=1)) / n if n > 1 else 0.0
-
-
-def correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Pearson's under each row of weights (b, n); x, y: (n,) or (b, n). NaN where one of them does not vary."""
-    total = weights.sum(1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        dx = x - (weights * x).sum(1, keepdims=True) / total
-        dy = y - (weights * y).sum(1, keepdims=True) / total
-        spread = (weights * dx**2).sum(1) * (weights * dy**2).sum(1)
-        floor = (total[:, 0] * ROUNDING) ** 2 * np.abs(x).max() ** 2 * np.abs(y).max() ** 2
-        return np.where(spread > floor, (weights * dx * dy).sum(1) / np.sqrt(spread), np.nan)
-
-
-def ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Ranks (b, n) of values (n,), each counted as often as its weight says; equal values share their mean rank."""
-    order = np.argsort(values, kind="stable")
-    _, starts, sizes = np.unique(values[order], return_index=True, return_counts=True)
-    grouped = np.add.reduceat(weights[:, order], starts, axis=1)
-    middle = np.cumsum(grouped, axis=1) - grouped + (grouped + 1) / 2
-    found = np.empty(weights.shape)
-    found[:, order] = np.repeat(middle, sizes, axis=1)
-    return found
-
-
-def spearman(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Rank correlation under each row of weights (b, n)."""
-    return correlation(ranks(x, weights), ranks(y, weights), weights)
-
-
-class _Resample:
-    """Bootstrap over sources: each replicate draws as many sources as there are, with replacement."""
-
-    def __init__(self, source: np.ndarray, sources: int, seed: int):
-        self.source, self.sources = source, sources
-        even = np.full(sources, 1 / sources)
-        self.counts = np.random.default_rng(seed).multinomial(sources, even, size=REPLICATES).astype(float)
-
-    def means(self, column: np.ndarray, within: np.ndarray | None = None) -> np.ndarray:
-        """Mean of a column (n,) in every replicate, over the samples marked in `within`; (replicates,)."""
-        inside = np.ones(len(column)) if within is None else within.astype(float)
-        sums = np.bincount(self.source, column * inside, self.sources)
-        sizes = np.bincount(self.source, inside, self.sources)
-        with np.errstate(invalid="ignore"):
-            return (self.counts @ sums) / (self.counts @ sizes)
-
-    def each(self, statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """A statistic of sample weights (b, n) -> (b,) in every replicate; (replicates,)."""
-        step = max(1, CELLS // len(self.source))
-        blocks = [self.counts[at : at + step][:, self.source] for at in range(0, REPLICATES, step)]
-        return np.concatenate([statistic(block) for block in blocks])
-
-    def interval(self, values: np.ndarray) -> Interval:
-        """The middle 95 % of the replicates; None from one source, or where most replicates have no value."""
-        known = values[np.isfinite(values)]
-        if self.sources < 2 or len(known) < REPLICATES / 2:
-            return None
-        low, high = np.percentile(known, [2.5, 97.5])
-        return float(low), float(high)
-
-
-def _rows(seen: Observations, macs: dict[str, float], draw: _Resample) -> tuple[Row, ...]:
+def _rows(seen: Observations, macs: dict[str, float], draw: Resample) -> tuple[Row, ...]:
     taken = seen.taken
     count, n = int(taken.sum()), len(seen)
     share, nothing = count / n, np.zeros(n)
@@ -289,7 +218,7 @@ def _macs(macs: dict[str, float], name: str, share: float) -> float | None:
     return macs["base"] + macs["switch"] + share * macs["light"] + (1 - share) * macs["full"]
 
 
-def _kind(label: str, seen: Observations, draw: _Resample, inside: np.ndarray) -> Kind:
+def _kind(label: str, seen: Observations, draw: Resample, inside: np.ndarray) -> Kind:
     score, actual, loud = seen.score[inside], seen.difference[inside], seen.loudness[inside]
     log_score, log_actual = np.log(score.clip(0) + SCORE_FLOOR), np.log(actual + SCORE_FLOOR)
     once = np.ones((1, len(score)))
@@ -317,15 +246,14 @@ def _kind(label: str, seen: Observations, draw: _Resample, inside: np.ndarray) -
     )
 
 
-def _saved(seen: Observations, draw: _Resample) -> tuple[float, Interval]:
-    """1 - mixed / random at the same share, and its interval; NaN where nothing went light."""
-    taken = seen.taken.astype(float)
-    random = float(taken.mean() * seen.difference.mean())
-    if random <= ROUNDING:
+def _saved(
+    draw: Resample, mixed: float, other: float, mixed_replicates: np.ndarray, other_replicates: np.ndarray
+) -> tuple[float, Interval]:
+    """1 - mixed / other and its interval; NaN where the other way to route makes no difference."""
+    if other <= ROUNDING:
         return math.nan, None
     with np.errstate(invalid="ignore", divide="ignore"):
-        replicates = 1 - draw.means(seen.mixed) / (draw.means(taken) * draw.means(seen.difference))
-    return 1 - float(seen.mixed.mean()) / random, draw.interval(replicates)
+        return 1 - mixed / other, draw.interval(1 - mixed_replicates / other_replicates)
 
 
 def _verdict(seen: Observations, saved: float, interval: Interval) -> tuple[bool, str]:
@@ -343,7 +271,7 @@ def _verdict(seen: Observations, saved: float, interval: Interval) -> tuple[bool
     return False, f"{avoided} at the same share"
 
 
-def _notes(seen: Observations, draw: _Resample, mixed: float, composed: float) -> Iterator[str]:
+def _notes(seen: Observations, draw: Resample, mixed: float, composed: float) -> Iterator[str]:
     if abs(composed - mixed) > COMPOSED * composed + ROUNDING:
         yield f"routed batches differ from full by {mixed:.4g}, the same samples put together by {composed:.4g}"
     if draw.sources < FEW_SOURCES:

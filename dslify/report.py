@@ -17,9 +17,10 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .calibrate import Calibration
-    from .measure import Evaluation, Interval, Kind, Row
+    from .measure import Evaluation, Kind, Row
     from .plan import Plan
-    from .train import History
+    from .resampling import Interval
+    from .runs import History
 
 PREFIXES = ("", " k", " M", " G", " T")
 UNLABELLED = "(no label)"
@@ -32,19 +33,27 @@ LEGEND = (
 class CostRow(Protocol):
     """What a table of costs needs: a path's name, its parameters, and MACs per sample."""
 
-    name: str
-    params: int
-    macs: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def params(self) -> int: ...
+    @property
+    def macs(self) -> int: ...
 
 
 class Point(Protocol):
     """What the tree of cut points needs, see dslify.cut.CutPoint."""
 
-    path: str
-    shape: tuple[Any, ...]
-    base_macs: int
-    region_macs: int
-    reason: str
+    @property
+    def path(self) -> str: ...
+    @property
+    def shape(self) -> tuple[Any, ...]: ...
+    @property
+    def base_macs(self) -> int: ...
+    @property
+    def region_macs(self) -> int: ...
+    @property
+    def reason(self) -> str: ...
 
 
 def human(number: float | None, unit: str = "") -> str:
@@ -206,7 +215,9 @@ def evaluation(result: Evaluation) -> RenderableType:
         f"{result.n} samples from {result.sources} sources, threshold {figure(result.threshold)}; [95 % over sources]"
     )
     tables = [routes(result.rows), shares(result.kinds), predictions(result.kinds)]
-    verdict = _line(result.verdict[:1].upper() + result.verdict[1:] + ".")
+    loudness = with_interval(result.saved_loudness, result.saved_loudness_interval, percent)
+    against = "" if result.void else f" Against loudness: {loudness}."
+    verdict = _line(f"{result.verdict[:1].upper()}{result.verdict[1:]}.{against}")
     verdict.stylize("bold yellow" if result.void else "bold")
     parts = itertools.chain.from_iterable((table, "") for table in tables)
     return Group(_line(head), "", *parts, verdict, *(_line(f"note: {note}") for note in result.notes))

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import threading
@@ -148,17 +149,22 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._lines: list[str] = []
         self._board: Any = None
+        self._made = False
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], seen: dict[str, Any], first: dict[str, Any]) -> RunFolder:
-        """A new run in `path`; `first` is the checkpoint at step 0. Raises TrainError when a run is there already."""
+        """A new run in `path`; `first` is the checkpoint at step 0.
+
+        Raises TrainError when the folder holds a run or anything else already, or cannot be made.
+        """
         folder = cls(path)
         if (path / "config.json").exists():
             raise TrainError(f"{path} holds a run already; resume it with resume=True, or name another run folder.")
+        if foreign := folder._foreign():
+            raise TrainError(f"{path} holds other files ({foreign}) and no run; name a new or an empty run folder.")
+        folder._made = not path.exists()
         try:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            for old in folder.checkpoints.iterdir():  # of a start that died before its config was written
-                old.unlink()
             (path / "history.jsonl").write_text("")
         except OSError as error:
             raise TrainError(f"The run folder {path} cannot be made ({error.strerror}); name another one.") from error
@@ -258,6 +264,17 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.checkpoints / FINAL).exists()
 
+    def discard(self) -> None:
+        """Remove a run that came to nothing: all that `create` wrote."""
+        self.close()
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        if self._made:
+            self.path.rmdir()
+
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
@@ -272,6 +289,19 @@ class RunFolder:
             except Exception:  # missing, or damaged by something else: the one before will do
                 continue
         raise TrainError(f"No checkpoint in {self.checkpoints} can be read; start a new run folder.")
+
+    def _foreign(self) -> str | None:
+        """Something in the folder that a start which died before its config was written would not have left."""
+        ours = {"checkpoints", "history.jsonl", "environment.json", "data.json", f"step-{0:06d}.pt"}
+        if not self.path.is_dir():
+            return None
+        found = list(self.path.iterdir())
+        if self.checkpoints.is_dir():
+            found += self.checkpoints.iterdir()
+        else:
+            ours = set()  # the checkpoints' folder is made first
+        names = [entry.name for entry in found if entry.name.removeprefix(".").removesuffix(".tmp") not in ours]
+        return min(names, default=None)
 
     def _numbered(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*.pt"))

@@ -116,10 +116,15 @@ def finetune(
         if run.folder is not None:
             stack.callback(run.folder.close)
             run.stop_asked = stack.enter_context(stop_requests())
-        run.light_phase(parts["light"])
-        if "switch" in parts:
-            run.switch_phase(parts["switch"])
-        run.finish()
+        try:
+            run.light_phase(parts["light"])
+            if "switch" in parts:
+                run.switch_phase(parts["switch"])
+            run.finish()
+        except Exception:
+            if run.folder is not None and run.step == 0 and not resume:
+                run.folder.discard()  # a start that is refused leaves nothing behind
+            raise
     return History(
         phases=run.phases(),
         scale=tuple(tuple(layer.scale.tolist()) for layer in layers),
@@ -309,7 +314,9 @@ class _Run:
         return [options.alpha, beta, options.anchor]
 
     def _diverged(self, phase: str, found: str) -> str:
-        kept = "" if self.folder is None else f" The checkpoints in {self.folder.checkpoints} are kept."
+        kept = (
+            "" if self.folder is None or not self.step else f" The checkpoints in {self.folder.checkpoints} are kept."
+        )
         return (
             f"Training stopped at step {self.step + 1} ({phase} phase): {found} although data and full path are "
             f"finite, so the trained part ran away; try a lower learning rate than {self.options.lr:g}.{kept}"
@@ -372,6 +379,7 @@ class _LightObjective(nn.Module):
     def __init__(self, net: nn.Module, layers: Sequence[DSLayer], tables: Sequence[_Table] | None, samples: Samples):
         super().__init__()
         self.net, self.layers, self.tables, self.samples = net, layers, tables, samples
+        self.read = _Reader(net, layers)
 
     def forward(self, positions: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -389,7 +397,7 @@ class _LightObjective(nn.Module):
     def _answers(self, positions: Tensor) -> Iterator[tuple[Any, Any, Any]]:
         """(light, full, original) of every layer."""
         if self.tables is None:
-            _forward(self.net, self.samples.batch(positions).to(_device(self.net)))
+            self.read(self.samples.batch(positions).to(_device(self.net)))
             for layer in self.layers:
                 paths = _ran(layer)
                 yield paths.light, paths.full, paths.original
@@ -431,20 +439,21 @@ def _gather(run: _Run, samples: Samples, room: int, masks_train: bool) -> tuple[
     layers = run.layers
     calls: list[list[tuple[Any, ...]]] = [[] for _ in layers]
     tables = [_Table(layer, len(samples)) for layer in layers] if room else None
-    totals = [torch.zeros_like(layer.scale, dtype=torch.float64) for layer in layers]
+    totals = [torch.zeros(len(layer.outputs), dtype=torch.float64) for layer in layers]
     with ExitStack() as stack:
         for layer, seen in zip(layers, calls, strict=True):
             stack.callback(layer.register_forward_pre_hook(_keeper(seen)).remove)
         stack.enter_context(route(run.net, "full"))
+        read = _Reader(run.net, layers)
         for begin, batch in run.batches(samples, "reading the full path"):
             for seen in calls:
                 seen.clear()
-            _forward(run.net, batch)
+            read(batch)
             for at, layer in enumerate(layers):
                 paths = _ran(layer)
                 means = sample_scale(paths.full or (), layer.outputs)
                 _check_finite(means, samples, begin)
-                totals[at] += means.sum(0)
+                totals[at] += means.sum(0).cpu()
                 if tables is None or len(calls[at]) != 1:  # a layer that runs twice has no single input
                     tables = None
                     continue
@@ -468,8 +477,9 @@ def _judge(run: _Run, samples: Samples) -> tuple[list[Tensor], list[Tensor]]:
     """For every layer the switch's features, (n, 2 channels), and the actual differences, (n,)."""
     features: list[list[Tensor]] = [[] for _ in run.layers]
     actual: list[list[Tensor]] = [[] for _ in run.layers]
+    read = _Reader(run.net, run.layers)
     for begin, batch in run.batches(samples, "comparing the paths"):
-        _forward(run.net, batch)
+        read(batch)
         for at, layer in enumerate(run.layers):
             paths = _ran(layer)
             gaps = difference(paths.light or (), paths.full or (), layer.scale, layer.outputs)
@@ -493,16 +503,46 @@ def _ran(layer: DSLayer) -> Paths:
     return layer.paths
 
 
-def _forward(net: nn.Module, batch: Tensor) -> None:
-    try:
-        net(batch)
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+class _Enough(BaseException):
+    """Every layer has run; no Exception, so that no handler on the way up takes it for an error."""
+
+
+class _Reader:
+    """Runs the network as far as its layers need it: behind the last one, a codec's decoder say, nothing is computed.
+
+    How often the layers run in one forward is learned from the first call, which runs to the end.
+    """
+
+    def __init__(self, net: nn.Module, layers: Sequence[DSLayer]):
+        self.net, self.layers = net, layers
+        self.expected: int | None = None
+
+    def __call__(self, batch: Tensor) -> None:
+        ran = 0
+
+        def count(*_: Any) -> None:
+            nonlocal ran
+            ran += 1
+            if ran == self.expected:
+                raise _Enough
+
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.callback(layer.register_forward_hook(count).remove)
+            try:
+                self.net(batch)
+            except _Enough:
+                return
+            except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+                raise TrainError(self._refusal(batch, error)) from error
+        self.expected = ran
+
+    def _refusal(self, batch: Tensor, error: Exception) -> str:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
-        shape = expected_shape(net)
+        shape = expected_shape(self.net)
         known = "" if shape is None else f"; it was captured with samples of {'x'.join(map(str, shape))}"
-        raise TrainError(
-            f"The network cannot take a batch of shape {'x'.join(map(str, batch.shape))} ({reason[:200]}){known}."
-        ) from error
+        found = "x".join(map(str, batch.shape))
+        return f"The network cannot take a batch of shape {found} ({reason[:200]}){known}."
 
 
 def _check_finite(values: Tensor, samples: Samples, begin: int) -> None:

@@ -11,8 +11,8 @@ PACKAGE = Path(dslify.__file__).parent
 # each room imports only rooms above it
 ORDER = [
     "errors", "functional", "guards", "capture", "macs", "cut", "rules", "axes", "light", "plan", "verify", "switch",
-    "graft", "example_inputs", "load", "insert", "graph_json", "store", "losses", "audio", "data", "runs", "train",
-    "cost", "measure", "calibrate", "report", "options", "console", "demo", "cli",
+    "graft", "graph_json", "example_inputs", "load", "insert", "store", "losses", "audio", "data", "runs", "train",
+    "cost", "observe", "calibrate", "resampling", "measure", "report", "options", "console", "demo", "cli",
 ]  # fmt: skip
 
 

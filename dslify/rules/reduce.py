@@ -11,7 +11,8 @@ from .terms import same
 
 
 @rule("mean.dim", "sum.dim_IntList", "amax.default", "amin.default", "std.dim", "var.dim", "std.correction",
-      "var.correction", "logsumexp.default", "all.dim", "any.dim", "prod.dim_int", "mean.default", "sum.default")  # fmt: skip
+      "var.correction", "logsumexp.default", "all.dim", "any.dim", "prod.dim_int", "mean.default",
+      "sum.default")  # fmt: skip
 def reduce(b: Binding, node: fx.Node) -> Terms:
     a = arguments(node)
     x = b[a["self"]]

@@ -5,7 +5,8 @@
     Concat of axes             several axes one after the other (cat, split, chunk)
 
 Equations between terms (`unify`) merge atoms or refine them into structure; contradictions freeze. An atom shrinks if
-a parameter has it (`touched`) and nothing froze it. Sizes are integers, or sympy expressions where the capture is dynamic.
+a parameter has it (`touched`) and nothing froze it. Sizes are integers, or sympy expressions where the capture is
+dynamic.
 """
 
 from __future__ import annotations

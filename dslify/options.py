@@ -1,0 +1,124 @@
+"""What the commands take: the options that several of them share, and words turned into numbers and names of files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import OptionError
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="model.pt, model.pt2, timm:resnet18, torchvision:..., pkg.mod:factory")
+]
+File = Annotated[Path, typer.Argument(metavar="FILE.dsl", help="what dslify insert wrote")]
+Data = Annotated[str, typer.Option("--data", metavar="FOLDER", help="folder of audio, array file, or pkg.mod:factory")]
+Input = Annotated[
+    str | None, typer.Option("--input", metavar="SHAPE", help="example inputs: 1x1x16000, or 1x3x224x224,1x10:int64")
+]
+Scope = Annotated[str | None, typer.Option("--scope", metavar="MODULE", help="capture this submodule only")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="MODULE", help="module whose classes a pickle may use; repeatable"),
+]
+Code = Annotated[
+    list[str] | None, typer.Option("--code", metavar="FILE.py", help="your file with the model's classes; repeatable")
+]
+Arch = Annotated[str | None, typer.Option("--arch", metavar="NAME", help="the network that weights alone belong to")]
+Rate = Annotated[str | None, typer.Option("--rate", metavar="HZ", help="sampling rate of the network (16000)")]
+BatchSize = Annotated[str, typer.Option("--batch-size", metavar="N", help="samples at once")]
+Seed = Annotated[str, typer.Option("--seed", metavar="N", help="of everything random")]
+Write = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.dsl", help="write here, not to FILE.dsl")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
+
+# insert, finetune, calibrate, evaluate
+At = Annotated[str, typer.Option("--at", metavar="MODULE", help="cut behind this module")]
+Width = Annotated[
+    str | None, typer.Option("--width", metavar="SHARE", help="of the channels that the light path keeps (0.1)")
+]
+CostShare = Annotated[
+    str | None, typer.Option("--cost", metavar="SHARE", help="of the MACs behind the cut, instead of a width")
+]
+To = Annotated[str | None, typer.Option("--to", metavar="MODULE", help="last module of the light path")]
+MaskKind = Annotated[str, typer.Option("--mask", metavar="KIND", help="channel or element")]
+Projection = Annotated[bool, typer.Option(help="narrow the trunk too, with learned 1x1 projections")]
+Force = Annotated[bool, typer.Option("--force", help="overwrite the file if it is there")]
+Explain = Annotated[bool, typer.Option("--explain", help="show every tensor of the light path, and why")]
+Depth = Annotated[str | None, typer.Option("--depth", metavar="N", help="leave out deeper modules")]
+SwitchData = Annotated[
+    str | None, typer.Option("--switch-data", metavar="FOLDER", help="for the switch (a quarter of --data)")
+]
+Steps = Annotated[str, typer.Option("--steps", metavar="N", help="of the light path")]
+SwitchSteps = Annotated[str, typer.Option("--switch-steps", metavar="N", help="of the switch")]
+LearningRate = Annotated[str, typer.Option("--lr", metavar="RATE", help="peak learning rate")]
+Alpha = Annotated[str, typer.Option("--alpha", metavar="WEIGHT", help="of switch and light loss")]
+Beta = Annotated[str, typer.Option("--beta", metavar="WEIGHT", help="of the mask's L1; 0 leaves the mask")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", metavar="FOLDER", help="for checkpoints and logs (FILE.run)")]
+Threads = Annotated[str | None, typer.Option("--threads", metavar="N", help="of torch on the CPU")]
+LightShare = Annotated[
+    str | None, typer.Option("--light-share", metavar="SHARE", help="of the samples that shall go light")
+]
+MaxDifference = Annotated[
+    str | None, typer.Option("--max-difference", metavar="D", help="bound on the mean relative difference")
+]
+By = Annotated[str, typer.Option("--by", metavar="WORD", help="rows: label, source or all")]
+NewFile = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE.dsl", help="write here, not beside the model")
+]
+
+
+def number(
+    name: str,
+    text: str,
+    words: str,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> float:
+    """`text` as a finite number with above < number < below and least <= number <= most.
+
+    words: the range, as the message says it. Raises OptionError: "width must be above 0 and at most 1; got 1.5."
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        raise OptionError(f"{name} must be {words}; got {text!r}.") from None
+    if not (above < value < below and least <= value <= most and math.isfinite(value)):
+        raise OptionError(f"{name} must be {words}; got {text}.")
+    return value
+
+
+def whole(name: str, text: str, least: int = 0) -> int:
+    """`text` as a whole number of at least `least`. Raises OptionError."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise OptionError(f"{name} must be a whole number of at least {least}; got {text!r}.") from None
+    if value < least:
+        raise OptionError(f"{name} must be a whole number of at least {least}; got {text}.")
+    return value
+
+
+def hertz(rate: str | None) -> int | None:
+    return None if rate is None else whole("rate", rate, least=1)
+
+
+def beside(model: str) -> Path:
+    """Where the dslified form of a model goes: beside its file, or for a name into the working folder."""
+    path = Path(model)
+    if path.exists() or path.suffix or ":" not in model:
+        return path.with_suffix(".dsl")
+    return Path(model.partition("?")[0].replace(":", ".").rpartition(".")[2] + ".dsl")
+
+
+def run_folder(file: Path, resume: bool) -> Path:
+    """FILE.run, FILE.run2 ...: the last one that is there to resume, or the first that is free."""
+    names = [file.with_suffix(".run")]
+    while names[-1].exists():
+        names.append(file.with_suffix(f".run{len(names) + 1}"))
+    return names[max(0, len(names) - 2)] if resume else names[-1]

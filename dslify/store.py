@@ -1,0 +1,367 @@
+"""A dslified network in one file, without pickled code: save() and load().
+
+A .dsl file is a zip archive of two stored members. `weights.safetensors` holds every tensor once. `dslify.json` holds
+all the rest: graphs node by node (graph_json.py), layers by their settings, and a format number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx, nn
+
+from . import __version__
+from .errors import StoreError
+from .functional import copied
+from .graph_json import decode, encode
+from .guards import Guards
+from .plan import Plan
+from .switch import DSLayer, Layout, Mask, Switch, dsl_layers
+
+FORMAT = 1
+_TEXT, _WEIGHTS = "dslify.json", "weights.safetensors"
+_MOST_TEXT = 2**28  # bytes of JSON; the largest network tried has 5 MB
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # so that saving twice gives the same bytes
+
+_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
+# Layers without a graph that a light path may consist of: their settings, which are also their constructor's names.
+_LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Identity: (), nn.ReLU: (), nn.SiLU: (), nn.Tanh: (), nn.Sigmoid: (), nn.ELU: ("alpha",),
+    nn.GELU: ("approximate",), nn.Dropout: ("p",), nn.Flatten: ("start_dim", "end_dim"),
+    nn.AdaptiveAvgPool1d: ("output_size",), nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.Linear: ("in_features", "out_features", "bias"), nn.Conv1d: _CONVOLUTION, nn.Conv2d: _CONVOLUTION,
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", "bias"),
+}  # fmt: skip
+
+
+def save(net: nn.Module, path: str | os.PathLike[str], force: bool = False) -> Path:
+    """Write a network from dslify.insert to one file, under a temporary name first, so that no half file is ever seen.
+
+    With a scope, the scope's graph is written and the weights of the model around it. force: replace an existing file.
+    Raises StoreError if the file exists, cannot be written, or the network holds something that has no place in it.
+    """
+    path = Path(path)
+    if path.exists() and (path.is_dir() or not force):
+        way = "it is a folder" if path.is_dir() else "give --force to replace it, or another name"
+        raise StoreError(f"{path} exists; {way}.")
+    if not path.parent.is_dir():
+        raise StoreError(f"{path}: there is no folder {path.parent}; make it first.")
+    scope, graph = _dslified_part(net)
+    tensors: dict[str, Tensor] = {}
+    described = _describe(graph, "", tensors)
+    outer = _outer_names(net, scope, tensors) if scope else {}
+    text = {
+        "format": FORMAT,
+        "dslify": __version__,
+        "torch": torch.__version__,
+        "scope": scope,
+        "net": described,
+        "outer": outer,
+        "tensors": {name: _tensor_entry(tensor) for name, tensor in tensors.items()},
+    }
+    try:
+        encoded = json.dumps(text, separators=(",", ":")).encode()
+        _rebuild(json.loads(encoded)["net"], tensors)  # a file that cannot be read must not be written
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"The network's settings cannot be written as JSON: {error}.") from None
+    try:
+        weights = safetensors.torch.save(_laid_out(tensors))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise StoreError(f"The weights cannot be written: {_one_line(error)}.") from None
+    _write(path, {_TEXT: encoded, _WEIGHTS: weights})
+    return path
+
+
+def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Module:
+    """A network that save() wrote, in eval mode and trainable, without the source of the model it was made from.
+
+    Of a network with a scope this is the scope's graph alone, whose meta["dslify"]["scope"] says where it belongs;
+    into: the model it was cut from, of which a copy with the graph at its place and the stored weights is returned.
+    Raises StoreError for a file that is damaged, of another format, or holds anything that save() would not write.
+    """
+    path = Path(path)
+    text, data = _read(path)
+    with _damage_told(path):
+        stored = safetensors.torch.load(data)
+        tensors = {name: _made(name, stored, entry) for name, entry in text["tensors"].items()}
+        net = _rebuild(text["net"], tensors)
+        if not isinstance(net, fx.GraphModule) or not dsl_layers(net):
+            raise StoreError("it holds no dslified network.")
+        net.eval()
+        scope = text["scope"]
+        if into is None:
+            return net
+        if scope is None:
+            raise StoreError("it holds a whole network, so there is nothing to put it into; leave out `into`.")
+        return _put_into(into, str(scope), net, {name: tensors[key] for name, key in text["outer"].items()})
+
+
+def _dslified_part(net: nn.Module) -> tuple[str | None, fx.GraphModule]:
+    """(scope or None, the graph that holds the DSLayers)."""
+    if not dsl_layers(net):
+        raise StoreError("The network holds no Dynamic Switch Layer; put one in with dslify.insert(net, at=...).")
+    found: list[tuple[str, fx.GraphModule]] = []
+    for name, module in net.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, fx.GraphModule) and dsl_layers(module) and not inside:
+            found.append((name, module))
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise StoreError(f"A file holds one graph with its Dynamic Switch Layers; this network has them in {names}.")
+    return found[0][0] or None, found[0][1]
+
+
+def _describe(module: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A module as JSON; its tensors go to `tensors`, each under the first name it is met by."""
+    if isinstance(module, fx.GraphModule):
+        return {"kind": "graph", **encode(module, tensors, prefix, lambda m, p: _describe(m, p, tensors))}
+    if isinstance(module, Guards):
+        return {"kind": "guards", "checks": list(module.checks)}
+    if type(module) is DSLayer:
+        return _describe_layer(module, prefix, tensors)
+    if type(module) is nn.Sequential:
+        parts = [_describe(child, f"{prefix}{name}.", tensors) for name, child in module.named_children()]
+        return {"kind": "sequence", "parts": parts}
+    if type(module) in _LAYERS:
+        settings = {name: getattr(module, name) for name in _LAYERS[type(module)]}
+        if "bias" in settings:
+            settings["bias"] = settings["bias"] is not None
+        names = _own_names(module, prefix, tensors)
+        return {"kind": "layer", "type": type(module).__name__, "settings": settings, "tensors": names}
+    where = prefix.rstrip(".") or "The network"
+    raise StoreError(f"{where} is a {type(module).__qualname__}, which a .dsl file cannot hold.")
+
+
+def _describe_layer(layer: DSLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if type(layer.mask) is not Mask or type(layer.switch) is not Switch:
+        kinds = f"{type(layer.mask).__qualname__} and {type(layer.switch).__qualname__}"
+        raise StoreError(f"{prefix.rstrip('.')} has {kinds} for mask and switch, which a .dsl file cannot hold.")
+    full = _describe(layer.full, f"{prefix}full.", tensors)
+    return {
+        "kind": "dsl",
+        "full": full,
+        "light": _describe(layer.light, f"{prefix}light.", tensors),
+        "inputs": [[place.axis, place.per_sample, place.scales] for place in layer.inputs],
+        "outputs": [[place.axis, place.per_sample, place.scales] for place in layer.outputs],
+        "channel_axis": layer.channel_axis,
+        "routable": layer.routable,
+        "plan": layer.plan.to_json() if layer.plan is not None else None,
+        "tensors": _own_names(layer, prefix, tensors, ("light", "full")),
+    }
+
+
+def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The inverse of _describe."""
+    match data["kind"]:
+        case "graph":
+            return decode(data, tensors, lambda inner: _rebuild(inner, tensors))
+        case "guards":
+            return Guards([str(check) for check in data["checks"]])
+        case "sequence":
+            return nn.Sequential(*(_rebuild(part, tensors) for part in data["parts"]))
+        case "dsl":
+            names = data["tensors"]
+            hidden, double = tensors[names["switch.hidden.weight"]].shape
+            light, full = _rebuild(data["light"], tensors), _rebuild(data["full"], tensors)
+            with torch.device("meta"):  # the stored tensors come in their place; no random numbers are drawn
+                layer = DSLayer(
+                    Mask(tensors[names["mask.weight"]].shape),
+                    Switch(double // 2, hidden),
+                    light,
+                    full,
+                    [Layout(*place) for place in data["inputs"]],
+                    [Layout(*place) for place in data["outputs"]],
+                    int(data["channel_axis"]),
+                    bool(data["routable"]),
+                    None if data["plan"] is None else Plan.from_json(data["plan"]),
+                )
+            _put(layer, names, tensors, ("light", "full"))
+            return layer
+        case "layer":
+            kind = next((kind for kind in _LAYERS if kind.__name__ == data["type"]), None)
+            if kind is not None and set(data["settings"]) == set(_LAYERS[kind]):
+                with torch.device("meta"):
+                    made = kind(**data["settings"])
+                _put(made, data["tensors"], tensors)
+                return made
+    raise StoreError(f"it holds a part of an unknown kind ({str(data.get('type', data['kind']))[:50]}).")
+
+
+def _own_tensors(module: nn.Module, without: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(dotted name, owner, name there, tensor) of a layer's tensors, those below the children `without` left out."""
+    for path, owner in module.named_modules():
+        if path.partition(".")[0] not in without:
+            for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+                if tensor is not None:
+                    yield (f"{path}.{name}" if path else name), owner, name, tensor
+
+
+def _own_names(
+    module: nn.Module, prefix: str, tensors: dict[str, Tensor], without: tuple[str, ...] = ()
+) -> dict[str, str]:
+    keys = {id(tensor): key for key, tensor in tensors.items()}
+    names = {}
+    for full, _, _, tensor in _own_tensors(module, without):
+        names[full] = keys.setdefault(id(tensor), prefix + full)
+        tensors.setdefault(names[full], tensor)
+    return names
+
+
+def _put(
+    module: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], without: tuple[str, ...] = ()
+) -> None:
+    """Give a layer the stored tensors in place of its own; raises StoreError unless they match one to one."""
+    own = list(_own_tensors(module, without))
+    if {full for full, *_ in own} != set(names):
+        raise StoreError(f"a {type(module).__name__} in it has other tensors than this version of dslify knows.")
+    for full, owner, name, old in own:
+        new = tensors[names[full]]
+        if new.shape != old.shape or isinstance(new, nn.Parameter) != isinstance(old, nn.Parameter):
+            raise StoreError(f"{full} has the shape {tuple(new.shape)} where {tuple(old.shape)} belongs.")
+        table: dict[str, Any] = owner._parameters if isinstance(new, nn.Parameter) else owner._buffers
+        table[name] = new
+
+
+def _outer_names(net: nn.Module, scope: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Names of the state of the model around the scope -> keys of its tensors."""
+    keys = {id(tensor): key for key, tensor in tensors.items()}
+    names: dict[str, str] = {}
+    for name, value in net.state_dict(keep_vars=True).items():
+        if not name.startswith(f"{scope}.") and isinstance(value, Tensor):
+            names[name] = keys.setdefault(id(value), f"outer.{name}")
+            tensors.setdefault(names[name], value)
+    return names
+
+
+def _put_into(model: nn.Module, scope: str, net: fx.GraphModule, outer: Mapping[str, Tensor]) -> nn.Module:
+    try:
+        whole = copied(model)
+        whole.get_submodule(scope)
+        whole.set_submodule(scope, net)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise StoreError(f"its graph belongs at {scope}, where the given model cannot take it: {error}.") from None
+    own = {name: value for name, value in whole.state_dict(keep_vars=True).items() if not name.startswith(f"{scope}.")}
+    if set(own) != set(outer):
+        odd = sorted(set(own) ^ set(outer))
+        raise StoreError(
+            f"the given model is not the one it was cut from: {', '.join(odd[:3])} is only in one of them."
+        )
+    shared = {id(tensor) for tensor in (*net.parameters(), *net.buffers())}
+    with torch.no_grad():
+        for name, value in outer.items():
+            if own[name].shape != value.shape:
+                shapes = f"{tuple(own[name].shape)} in the given model, not {tuple(value.shape)}"
+                raise StoreError(f"{name} has the shape {shapes}.")
+            if id(value) in shared:  # tied to a tensor of the scope
+                path, _, leaf = name.rpartition(".")
+                setattr(whole.get_submodule(path), leaf, value)
+            else:
+                own[name].copy_(value)
+                own[name].requires_grad_(value.requires_grad)
+    return whole.eval()
+
+
+def _tensor_entry(tensor: Tensor) -> dict[str, Any]:
+    entry: dict[str, Any] = {"parameter": isinstance(tensor, nn.Parameter), "grad": tensor.requires_grad}
+    if not tensor.is_contiguous():  # channels_last: other kernels, other last bits
+        strides = tensor.stride()
+        entry["order"] = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
+    return entry
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: on the CPU, contiguous in memory order, each in memory of its own."""
+    laid_out: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise StoreError(f"{name} has no values (it is on the meta device).")
+        order = _tensor_entry(tensor).get("order")
+        plain = tensor.detach().permute(order) if order else tensor.detach()
+        plain = plain.cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in taken:
+            plain = plain.clone()
+        taken.add(plain.untyped_storage().data_ptr())
+        laid_out[name] = plain
+    return laid_out
+
+
+def _made(name: str, stored: dict[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
+    tensor = stored.pop(name).clone()  # memory of its own, aligned as torch aligns it: sums depend on that
+    order = entry.get("order")
+    if order is not None:
+        if sorted(order) != list(range(tensor.dim())):
+            raise StoreError(f"the axes of {name} are damaged.")
+        tensor = tensor.permute([order.index(axis) for axis in range(tensor.dim())])
+    if entry["parameter"]:
+        return nn.Parameter(tensor, bool(entry["grad"]))
+    return tensor
+
+
+def _write(path: Path, members: Mapping[str, bytes]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for name, data in members.items():
+                    archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror or error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The JSON, its format checked, and the bytes of the weights."""
+    if not path.is_file():
+        raise StoreError(f"{path}: there is no such file; a dslified network is written by dslify insert.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename: member for member in archive.infolist()}
+            if set(members) != {_TEXT, _WEIGHTS} or len(archive.infolist()) != 2:
+                raise StoreError(f"{path} is no dslified network: a .dsl file holds {_TEXT} and {_WEIGHTS}.")
+            size = path.stat().st_size
+            if any(member.compress_type or member.file_size > size for member in members.values()) or (
+                members[_TEXT].file_size > _MOST_TEXT
+            ):
+                raise StoreError(f"{path} would unpack to more than it may; it was not loaded.")
+            text = json.loads(archive.read(_TEXT))
+            weights = archive.read(_WEIGHTS)
+    except (zipfile.BadZipFile, EOFError, ValueError, RecursionError, NotImplementedError, OSError) as error:
+        raise StoreError(f"{path} is damaged or cut short, or no .dsl file ({_one_line(error)}).") from None
+    found = text.get("format") if isinstance(text, dict) else None
+    if found != FORMAT:
+        age = "newer" if isinstance(found, int) and found > FORMAT else "other"
+        writer = str(text.get("dslify", "an unknown version"))[:20] if isinstance(text, dict) else "an unknown version"
+        raise StoreError(
+            f"{path} is in format {str(found)[:20]}, written by dslify {writer}; this dslify ({__version__}) reads "
+            f"format {FORMAT}: {'install a newer dslify' if age == 'newer' else 'write it again with dslify insert'}."
+        )
+    return text, weights
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Every way in which a wrong file can trip the reader, as one sentence that names it."""
+    try:
+        yield
+    except StoreError as error:
+        raise StoreError(f"{path} was not loaded: {error}") from None
+    except Exception as error:
+        raise StoreError(f"{path} is damaged: {type(error).__name__}: {_one_line(error)}.") from None
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]
