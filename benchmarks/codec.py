@@ -27,7 +27,8 @@ import dslify
 from dslify import report
 from dslify.calibrate import Calibration
 from dslify.cost import Cost
-from dslify.data import Samples, open_data, split
+from dslify.data import open_data
+from dslify.samples import Samples, split
 from dslify.errors import DslifyError, OptionError
 from dslify.measure import Evaluation
 from dslify.resampling import Interval

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .data import Samples, expected_shape, open_data
+from .data import open_data
 from .errors import DataError, OptionError
 from .observe import Observations as Observations
 from .observe import collect, only_layer, plain
 from .runs import History
+from .samples import Samples, expected_shape
 
 FEWEST = 20  # samples: with fewer, one sample moves the share by more than 5 points
 MARGIN = 2.0**-16  # relative: how far above the largest score a threshold lies that sends all samples light

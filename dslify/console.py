@@ -19,8 +19,8 @@ from .errors import DslifyError
 if TYPE_CHECKING:
     from torch import nn
 
-    from .data import DataReport, Samples
     from .plan import Plan
+    from .samples import DataReport, Samples
 
 SKIPPED_SHOWN = 10
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes; the second is the shell's for Ctrl-C
@@ -105,7 +105,7 @@ class Output:
 def read_data(net: nn.Module, source: str, rate: int | None, out: Output) -> Samples:
     """The data as the network takes it; what was skipped is said."""
     from . import open_data
-    from .data import expected_shape
+    from .samples import expected_shape
 
     samples = open_data(source, expected_shape(net), rate=rate, progress=out.progress)
     out.show(*_data_lines(samples.report))

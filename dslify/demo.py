@@ -20,11 +20,12 @@ from . import report
 from .calibrate import Calibration, calibrate
 from .console import Output
 from .cost import Cost, cost
-from .data import Samples, expected_shape, open_data, split
+from .data import open_data
 from .errors import LoadError
 from .insert import insert
 from .measure import Evaluation, evaluate
 from .runs import History
+from .samples import Samples, expected_shape, split
 from .store import save
 from .switch import dsl_layers, route
 from .train import finetune

@@ -164,7 +164,7 @@ def decode(
 def operator_named(text: Any) -> torch._ops.OpOverload:
     """ "aten.linear.default" -> the operator. Raises StoreError for all but dispatcher operators without side effects.
 
-    TorchScript's built-ins answer to torch.ops as well (aten::save writes files), so the dispatcher must know the name.
+    TorchScript's built-ins answer to torch.ops as well (there is an aten::save), so the dispatcher must know the name.
     """
     parts = text.split(".") if isinstance(text, str) else []
     known = len(parts) == 3 and parts[0] in _NAMESPACES and all(_IDENTIFIER.fullmatch(part) for part in parts)

@@ -15,11 +15,12 @@ import numpy as np
 from torch import fx, nn
 
 from .cost import cost
-from .data import expected_shape, open_data
+from .data import open_data
 from .errors import VerifyError
 from .losses import SCORE_FLOOR
 from .observe import Metric, Observations, collect, only_layer, plain
 from .resampling import ROUNDING, Interval, Resample, correlation, quietest, random_spread, spearman
+from .samples import expected_shape
 
 EQUAL = 0.01  # mean relative difference of light and full under which any routing passes
 FEW_SOURCES = 10  # below, an interval over sources is a rough guess

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .capture import evaluating
-from .data import Samples, show_progress
 from .errors import DataError, OptionError, VerifyError
 from .losses import comparable, difference, sample_scale
+from .samples import Samples, show_progress
 from .switch import DSLayer, Paths, Route, dsl_layers, route
 
 Metric = Callable[[Any, Any], Any]

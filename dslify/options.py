@@ -111,9 +111,9 @@ def hertz(rate: str | None) -> int | None:
 def beside(model: str) -> Path:
     """Where the dslified form of a model goes: beside its file, or for a name into the working folder."""
     path = Path(model)
-    if path.exists() or path.suffix or ":" not in model:
-        return path.with_suffix(".dsl")
-    return Path(model.partition("?")[0].replace(":", ".").rpartition(".")[2] + ".dsl")
+    if ":" in model and not path.exists():
+        return Path(f"{model.partition('?')[0].rpartition(':')[2]}.dsl")
+    return path.parent / f"{path.stem or 'model'}.dsl"
 
 
 def run_folder(file: Path, resume: bool) -> Path:

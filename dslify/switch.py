@@ -116,7 +116,11 @@ class Switch(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """(batch, entries, channels) -> (batch,)"""
-        normal = (self.features(value) - self.offset) / self.spread
+        return self.score(self.features(value))
+
+    def score(self, features: Tensor) -> Tensor:
+        """The prediction from the features: (batch, 2 channels) -> (batch,)"""
+        normal = (features - self.offset) / self.spread
         return functional.softplus(self.out(functional.silu(self.hidden(normal))).squeeze(1))
 
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-import dslify.data
-from dslify.data import QUIETEST_DB, expected_shape, open_data, split
+import dslify.samples
+from dslify.data import open_data
+from dslify.samples import QUIETEST_DB, expected_shape, split
 from dslify.errors import DataError
 
 SHAPE = (1, 1600)  # 0.1 s at 16 kHz
@@ -187,7 +188,7 @@ def test_audio_needs_a_network_that_reads_it(folder):
 
 def test_many_samples_go_to_a_temporary_file(folder, monkeypatch):
     held = open_data(folder, SHAPE, rate=16_000)
-    monkeypatch.setattr(dslify.data, "MEMORY", 10_000)
+    monkeypatch.setattr(dslify.samples, "MEMORY", 10_000)
     spilled = open_data(folder, SHAPE, rate=16_000)
     assert spilled.digest() == held.digest()
     assert torch.equal(spilled.batch(range(6)), held.batch(range(6)))

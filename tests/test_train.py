@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from dslify.data import open_data, split
+from dslify.data import open_data
+from dslify.samples import split
 from dslify.errors import DataError, OptionError, TrainError
 from dslify.insert import insert
 from dslify.losses import difference
 from dslify.switch import DSLayer, Layout, Mask, Switch, dsl_layers, route
-from dslify.train import finetune, score
+from dslify.train import finetune
 
 # Cached and live steps run the base on batches of other composition; convolutions then round differently.
 LIVE_TOLERANCE = 1e-4  # relative, of losses and weights after 30 steps
@@ -146,7 +147,7 @@ def test_the_score_ranks_new_samples(finished):
 def test_the_score_of_cached_features_is_the_switch(finished):
     _, net, _ = finished
     value = torch.randn(5, 30, 8)
-    assert torch.equal(score(net.dsl.switch, net.dsl.switch.features(value)), net.dsl.switch(value))
+    assert torch.equal(net.dsl.switch.score(net.dsl.switch.features(value)), net.dsl.switch(value))
 
 
 def test_the_network_is_handed_back_in_order():
