@@ -15,7 +15,7 @@ from . import __version__
 from . import options as o
 from .console import Door, Output, grouped, read_data, show_layer, size_of
 from .errors import OptionError, StoreError
-from .options import beside, hertz, number, run_folder, whole
+from .options import beside, hertz, number, run_folder, seconds, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -165,6 +165,7 @@ def finetune(
     alpha: o.Alpha = "1",
     beta: o.Beta = "0",
     rate: o.Rate = None,
+    segment: o.Segment = None,
     resume: o.Resume = False,
     run_dir: o.RunDir = None,
     seed: o.Seed = "0",
@@ -184,15 +185,15 @@ def finetune(
         "seed": whole("seed", seed),
         "threads": None if threads is None else whole("threads", threads, least=1),
     }
-    rate_hz = hertz(rate)
+    rate_hz, length = hertz(rate), seconds(segment)
     with Output(as_json, quiet) as out:
         net = _load(file)
         from . import finetune as train
         from . import report, save
 
         folder = run_dir or run_folder(file, resume)
-        samples = read_data(net, data, rate_hz, out)
-        others = None if switch_data is None else read_data(net, switch_data, rate_hz, out)
+        samples = read_data(net, data, rate_hz, length, out)
+        others = None if switch_data is None else read_data(net, switch_data, rate_hz, length, out)
         try:
             history = train(
                 net, samples, switch_data=others, run_dir=folder, resume=resume, progress=out.progress, **options
@@ -219,6 +220,7 @@ def calibrate(
     light_share: o.LightShare = None,
     max_difference: o.MaxDifference = None,
     rate: o.Rate = None,
+    segment: o.Segment = None,
     batch_size: o.BatchSize = "32",
     output: o.Write = None,
     as_json: o.Json = False,
@@ -230,13 +232,13 @@ def calibrate(
         raise OptionError(f"calibrate takes either --light-share or --max-difference; got {given}.")
     share = None if light_share is None else number("light-share", light_share, "0 to 1", least=0, most=1)
     bound = None if max_difference is None else number("max-difference", max_difference, "above 0", above=0)
-    batch, rate_hz = whole("batch-size", batch_size, least=1), hertz(rate)
+    batch, rate_hz, length = whole("batch-size", batch_size, least=1), hertz(rate), seconds(segment)
     with Output(as_json, quiet) as out:
         net = _load(file)
         from . import calibrate as set_threshold
         from . import report, save
 
-        samples = read_data(net, data, rate_hz, out)
+        samples = read_data(net, data, rate_hz, length, out)
         result = set_threshold(net, samples, share, bound, batch_size=batch, progress=out.progress)
         written = save(net, output or file, force=True)
         out.document = {"file": str(written), **result.to_json()}
@@ -253,6 +255,7 @@ def evaluate(
     data: o.Data,
     by: o.By = "label",
     rate: o.Rate = None,
+    segment: o.Segment = None,
     batch_size: o.BatchSize = "32",
     seed: o.Seed = "0",
     as_json: o.Json = False,
@@ -261,13 +264,14 @@ def evaluate(
     """Hold the routing against full, light, random, an oracle and plain loudness on test data."""
     if by not in ("label", "source", "all"):
         raise OptionError(f"by is one of label, source, all; got {by!r}.")
-    batch, first, rate_hz = whole("batch-size", batch_size, least=1), whole("seed", seed), hertz(rate)
+    batch, first = whole("batch-size", batch_size, least=1), whole("seed", seed)
+    rate_hz, length = hertz(rate), seconds(segment)
     with Output(as_json, quiet) as out:
         net = _load(file)
         from . import evaluate as judge
         from . import report
 
-        samples = grouped(read_data(net, data, rate_hz, out), by)
+        samples = grouped(read_data(net, data, rate_hz, length, out), by)
         result = judge(net, samples, batch_size=batch, seed=first, progress=out.progress)
         out.document = {"file": str(file), **result.to_json()}
         out.show(report.evaluation(result))

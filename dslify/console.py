@@ -102,12 +102,16 @@ class Output:
         self.show(f"next: dslify {shlex.join(words)}")
 
 
-def read_data(net: nn.Module, source: str, rate: int | None, out: Output) -> Samples:
-    """The data as the network takes it; what was skipped is said."""
+def read_data(net: nn.Module, source: str, rate: int | None, segment: float | None, out: Output) -> Samples:
+    """The data as the network takes it, in pieces of `segment` seconds or as inserted; what was skipped is said."""
     from . import open_data
+    from .data import DEFAULT_RATE
     from .samples import expected_shape
 
-    samples = open_data(source, expected_shape(net), rate=rate, progress=out.progress)
+    shape = expected_shape(net)
+    if segment is not None and shape:
+        shape = (*shape[:-1], max(1, round(segment * (rate or DEFAULT_RATE))))
+    samples = open_data(source, shape, rate=rate, progress=out.progress)
     out.show(*_data_lines(samples.report))
     return samples
 

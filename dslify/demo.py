@@ -14,6 +14,7 @@ from typing import Any
 
 import soundfile
 import torch
+from rich.text import Text
 from torch import nn
 
 from . import report
@@ -27,7 +28,7 @@ from .measure import Evaluation, evaluate
 from .runs import History
 from .samples import Samples, expected_shape, split
 from .store import save
-from .switch import dsl_layers, route
+from .switch import Route, dsl_layers, route
 from .train import finetune
 
 RECIPE = "recipes.soundstream"
@@ -37,7 +38,17 @@ STEPS, SWITCH_STEPS = 1200, 600
 MAX_DIFFERENCE = 0.05  # mean relative difference from the full path that routing may cost
 SEED = 0
 THREADS = 1  # the same numbers on every number of cores; the networks are too small to gain from more
-ROUTES = ("full", "mixed", "light")  # that the clip to listen to is coded on
+PARTS = ("train", "valid", "test")
+ROUTES: tuple[Route, ...] = ("full", "mixed", "light")  # that the clip to listen to is coded on
+FILES = {
+    "codec.dsl": "the codec with its Dynamic Switch Layer: dslify.load(..., into=codec)",
+    "speech_original.flac": "two voices of the test",
+    "speech_full.flac": "the same, coded with the full path",
+    "speech_mixed.flac": "coded as the switch chooses",
+    "speech_light.flac": "coded with the light path only",
+    "report.json": "every figure above",
+    "run/": "losses, checkpoints, TensorBoard logs",
+}
 
 
 @dataclass(frozen=True)
@@ -86,22 +97,26 @@ def _run(folder: Path, out: Output, started: float) -> Demo:
     shutil.rmtree(folder / "run", ignore_errors=True)
     parameters = sum(parameter.numel() for parameter in codec.parameters())
     out.show(
-        f"1. A speech codec, {report.human(parameters)} parameters. Its encoder is cut behind {cut}:",
+        _bold(f"1. A speech codec, {report.human(parameters)} parameters. Its encoder is cut behind {cut}:"),
         "   what follows gets a light path that inherits the strongest channels, and a switch that chooses.",
         "",
     )
     net = insert(codec, cut, WIDTH, (codec.example_input_array,), scope="encoder", seed=SEED)
     (layer,) = dsl_layers(net)
     costs = cost(net)
-    out.show(report.surgery(costs, layer.plan))
+    out.show(report.surgery(costs, layer.plan), "")
 
     out.show(
-        "2. Fine-tuning: the light path on train, the switch on half of valid. Base and full path stay as they are.", ""
+        _bold(
+            "2. Fine-tuning: the light path on train, the switch on half of valid; base and full path stay as they are."
+        )
     )
     shape = expected_shape(net)
-    train, valid, test = (
-        open_data(sound / name, shape, rate=RATE, progress=out.progress) for name in ("train", "valid", "test")
+    train, valid, test = (open_data(sound / name, shape, rate=RATE, progress=out.progress) for name in PARTS)
+    lengths = ", ".join(
+        f"{name} {part.report.seconds:.0f} s" for name, part in zip(PARTS, (train, valid, test), strict=True)
     )
+    out.show(f"   Sound: {lengths}, of {', '.join(sorted(set(test.labels)))}.", "")
     for_switch, for_threshold = split(valid, (0.5, 0.5), SEED)
     history = finetune(
         net,
@@ -118,24 +133,40 @@ def _run(folder: Path, out: Output, started: float) -> Demo:
     out.show(report.training(history), "")
 
     out.show(
-        "3. The threshold, on the other half of valid: as high as it may be for the difference that is allowed.", ""
+        _bold("3. The threshold, on the other half of valid: as high as it may be for the difference that is allowed."),
+        "",
     )
     calibration = calibrate(net, for_threshold, max_difference=MAX_DIFFERENCE, progress=out.progress)
     out.show(report.calibration(calibration), "")
 
-    out.show("4. The test, on voices and sounds that nothing above has heard.", "")
+    out.show(_bold("4. The test, on voices and sounds that nothing above has heard."), "")
     evaluation = evaluate(net, test, seed=SEED, progress=out.progress)
-    out.show(report.evaluation(evaluation), "")
+    out.show(report.evaluation(evaluation), "", _bold(_in_short(evaluation)), "")
 
-    written = [save(net, folder / "codec.dsl", force=True), *_listen(net, test, folder)]
-    files = tuple(path.relative_to(folder).as_posix() for path in written)
-    found = Demo(
-        costs, history, calibration, evaluation, (*files, "report.json", "run/"), time.perf_counter() - started
-    )
+    _listen(net, test, folder)
+    save(net, folder / "codec.dsl", force=True)
+    found = Demo(costs, history, calibration, evaluation, tuple(FILES), time.perf_counter() - started)
     _write(folder / "report.json", json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
-    out.show(f"5. Written to {folder}/: {', '.join(found.files)}.", f"   {found.seconds:.0f} s in all.")
-    out.next("inspect", str(folder / "codec.dsl"))
+    out.show(_bold(f"5. Written to {folder}/ ({found.seconds:.0f} s in all):"))
+    out.show(*(f"   {name:<22}{about}" for name, about in FILES.items()), "")
+    out.next("evaluate", str(folder / "codec.dsl"), "--data", os.path.relpath(sound / "test"), "--by", "source")
     return found
+
+
+def _in_short(evaluation: Evaluation) -> str:
+    """The outcome in two sentences."""
+    shares = {kind.label: report.percent(kind.share) for kind in evaluation.kinds}
+    full, mixed, random = (evaluation[name] for name in ("full", "mixed", "random"))
+    saved = report.percent(1 - (mixed.macs or 0) / full.macs) if full.macs else "-"
+    return (
+        f"In short: {shares['silence']} of the silence and {shares['speech']} of the speech take the light path, which "
+        f"saves {saved} of the\nencoder's MACs at a mean difference of {report.figure(mixed.difference)}; choosing the "
+        f"same share at random costs {report.figure(random.difference)}."
+    )
+
+
+def _bold(text: str) -> Text:
+    return Text(text, "bold")
 
 
 def _recipe() -> tuple[nn.Module, str, Path]:
@@ -153,22 +184,19 @@ def _recipe() -> tuple[nn.Module, str, Path]:
     return model.pretrained(), model.CUT, sound
 
 
-def _listen(net: nn.Module, test: Samples, folder: Path) -> list[Path]:
+def _listen(net: nn.Module, test: Samples, folder: Path) -> None:
     """The test's first two voices, coded on each route, as files to listen to."""
     voices = [source for source in dict.fromkeys(test.sources) if source.startswith("speech")][:2]
     positions = [at for at, source in enumerate(test.sources) if source in voices]
-    batch = test.batch(positions)
-    written = [folder / "speech_original.flac"]
-    sounds = {written[0]: batch}
+    sounds = {"original": test.batch(positions)}
     for mode in ROUTES:
-        written.append(folder / f"speech_{mode}.flac")
         with torch.no_grad(), route(net, mode):
-            sounds[written[-1]] = net(batch)
-    for path, sound in sounds.items():
+            sounds[mode] = net(sounds["original"])
+    for name, sound in sounds.items():
+        path = folder / f"speech_{name}.flac"
         temporary = path.with_name(f".{path.name}.tmp")
         soundfile.write(temporary, sound.flatten().clamp(-1, 1).numpy(), RATE, format="FLAC", subtype="PCM_16")
         os.replace(temporary, path)
-    return written
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ and only then torch reads it, with weights_only. Of an archive torch reads a cop
 
 from __future__ import annotations
 
+import _compat_pickle
 import ast
 import dataclasses
 import difflib
@@ -24,7 +25,6 @@ import sys
 import types
 import warnings
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 from .errors import LoadError, StoreError, UntrustedError
 from .example_inputs import example_inputs_for as example_inputs_for  # public here: dslify.load.example_inputs_for
@@ -142,7 +143,7 @@ def _named(text: str) -> nn.Module:
         build = _factory(text)
     else:
         raise LoadError(f"{text}: there is no such file, and it is no name of a network. Names look like {NAMES}.")
-    with _working_folder_first(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(_SEED)
         try:
@@ -203,19 +204,20 @@ def _factory(text: str) -> Callable[[], Any]:
     module_name, _, name = text.partition(":")
 
     def build() -> Any:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise
-            raise LoadError(
-                f"{text}: there is no module {error.name}; run dslify in the folder that holds it, or install it."
-            ) from None
-        if not hasattr(module, name):
-            near = difflib.get_close_matches(name, [key for key in vars(module) if not key.startswith("_")], 3, 0.3)
-            raise LoadError(f"{text}: {module_name} has no {name}; it has {', '.join(near) or 'nothing like it'}.")
-        made = getattr(module, name)
-        return made if isinstance(made, nn.Module) else made()
+        with _working_folder_first():
+            try:
+                module = importlib.import_module(module_name)
+            except ModuleNotFoundError as error:
+                if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                    raise
+                raise LoadError(
+                    f"{text}: there is no module {error.name}; run dslify in the folder that holds it, or install it."
+                ) from None
+            if not hasattr(module, name):
+                near = difflib.get_close_matches(name, [key for key in vars(module) if key[0] != "_"], 3, 0.3)
+                raise LoadError(f"{text}: {module_name} has no {name}; it has {', '.join(near) or 'nothing like it'}.")
+            made = getattr(module, name)
+            return made if isinstance(made, nn.Module) else made()
 
     return build
 
@@ -349,13 +351,16 @@ _KNOWN_FUNCTIONS = {  # of tensors, pure
     *_under("torch.nn.functional", "tanh sigmoid softmax log_softmax logsigmoid glu"),
     *_under("timm.layers.activations", "gelu gelu_tanh quick_gelu swish mish sigmoid tanh hard_swish hard_sigmoid"),
 }
-_KNOWN_VALUES = {"functools.partial", "builtins.slice", "builtins.frozenset"}
+_WRAPPED = "torch.nn.modules.module._WrappedHook"
+_KNOWN_VALUES = {"functools.partial", "builtins.slice", "builtins.frozenset", _WRAPPED}
 _HOOKS = _under(  # the old weight_norm and spectral_norm: plain values that compute a weight before a forward
     "torch.nn.utils",
     "weight_norm.WeightNorm spectral_norm.SpectralNorm spectral_norm.SpectralNormStateDictHook "
     "spectral_norm.SpectralNormLoadStateDictPreHook",
 )
-_WRAPPED = "torch.nn.modules.module._WrappedHook"
+_PACKAGES = ("torch", "torchvision", "torchaudio", "timm", "transformers", "dslify")
+_CLOSED = re.compile(r"torch\.(_|distributed|export|fx|hub|jit|multiprocessing|package|serialization|testing|utils).*")
+_PYTHON = {*sys.stdlib_module_names, *_compat_pickle.IMPORT_MAPPING}  # with Python 2's names
 _VALUES = {  # classes that carry settings and no more
     *("PreTrainedConfig", "GenerationConfig", "FeatureInfo"),
     *("BoxCoder", "BoxLinearCoder", "Matcher", "BalancedPositiveNegativeSampler"),  # of torchvision's detectors
@@ -383,6 +388,17 @@ class _Made:
     """The result of calling or constructing a global; what: the global, or None for anything else."""
 
     what: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Admitted:
+    """An object that a pickle may name; trusted: the user vouched for the module it was defined in."""
+
+    found: Any
+    trusted: bool
+
+
+_Written = Mapping[str, list[types.ModuleType]]  # the user's own files, by the names a pickle may know them by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,25 +477,30 @@ def _unpickled(path: Path, trust: tuple[str, ...], code: tuple[str | os.PathLike
         warnings.simplefilter("ignore")
         names, own, uses = _wanted(path, file)
         written = _executed(code)
-        admitted = {name: _admit(path, name, trust, written) for name in sorted(names - own)}
-        strangers = [name for name, found in admitted.items() if found is None]
+        admitted = {}
+        strangers = []
+        for name in sorted(names - own):
+            found = _admit(path, name, trust, written)
+            if found is None:
+                strangers.append(name)
+            else:
+                admitted[name] = found
         if strangers:
-            raise UntrustedError(_stranger_sentence(path, strangers, bool(code)))
-        vouched = {name for name in admitted if _vouched(name.module, trust, written)}
+            raise UntrustedError(_stranger_sentence(path, strangers, trust, bool(code)))
         for use in uses:
-            if not _harmless(use, own, admitted, vouched):
+            if not _harmless(use, own, admitted, written):
                 raise UntrustedError(
                     f"{path} uses {use.what or 'a computed value'} in a way that no saved network needs and that could "
                     "run code; it was not loaded."
                 )
         file.seek(0)
         try:
-            with torch.serialization.safe_globals([(found, str(name)) for name, found in admitted.items()]):
+            with torch.serialization.safe_globals([(entry.found, str(name)) for name, entry in admitted.items()]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise LoadError(f"{path} cannot be read: {_one_line(error)}.") from None
     if isinstance(content, nn.Module):
-        _check_callables(path, content, {id(admitted[name]) for name in vouched})
+        _check_callables(path, content, {id(entry.found) for entry in admitted.values() if entry.trusted})
     return content
 
 
@@ -497,42 +518,47 @@ def _wanted(path: Path, file: BinaryIO) -> tuple[set[_Name], set[_Name], list[_U
                 "torch.save(model, path)."
             ) from None
         raise LoadError(f"{path} is damaged: {_one_line(error)}.") from None
-    return names, {name for name in names if name not in unsafe}, uses
+    if not unsafe <= names:
+        raise LoadError(f"{path} is damaged: two ways of reading it differ.")
+    return names, names - unsafe, uses
 
 
-def _vouched(module: str, trust: tuple[str, ...], written: Mapping[str, list[types.ModuleType]]) -> bool:
-    return module in written or any(module == root or module.startswith(f"{root}.") for root in trust)
+def _vouched(module: str, trust: tuple[str, ...]) -> bool:
+    return any(module == root or module.startswith(f"{root}.") for root in trust)
 
 
-def _admit(path: Path, name: _Name, trust: tuple[str, ...], written: Mapping[str, list[types.ModuleType]]) -> Any:
-    """The object behind a name that may be let in, else None. Only a module that is let in is imported."""
+def _admit(path: Path, name: _Name, trust: tuple[str, ...], written: _Written) -> _Admitted | None:
+    """The object behind a name if it may be let in. Only a module that is let in is imported."""
     for module in written.get(name.module, ()):
         found = vars(module).get(name.name)
         if isinstance(found, (type, types.FunctionType)) and found.__module__ == module.__name__:
-            return found
-    if name.module in written:
-        return None
-    vouched = _vouched(name.module, trust, written)
-    known = name in _KNOWN_FUNCTIONS or name in _HOOKS or name in _KNOWN_VALUES or name == _WRAPPED
-    if not vouched and not known and not _KNOWN_MODULES.fullmatch(name.module):
+            return _Admitted(found, True)
+    vouched = _vouched(name.module, trust)
+    listed = name in _KNOWN_FUNCTIONS or name in _HOOKS or name in _KNOWN_VALUES
+    if name.module in written or not (vouched or listed or _KNOWN_MODULES.fullmatch(name.module)):
         return None
     try:
-        with _working_folder_first():
-            found = vars(importlib.import_module(name.module)).get(name.name)
+        if vouched:
+            with _working_folder_first():
+                module = importlib.import_module(name.module)
+        else:
+            module = importlib.import_module(name.module)
     except Exception as error:
         raise LoadError(
             f"{path} needs {name.module}, which cannot be imported here: {type(error).__name__}: {_one_line(error)}."
         ) from None
+    found = vars(module).get(name.name)
     if found is None:
         raise LoadError(f"{path} needs {name}, which the installed {name.module.partition('.')[0]} does not have.")
-    if known:
-        return found
+    if listed:
+        return _Admitted(found, False)
     if not isinstance(found, (type, types.FunctionType)):
         return None
     home = found.__module__  # a module also holds what it imported: os.system is reachable through many
-    if vouched:
-        return found if _vouched(home, trust, written) or _KNOWN_MODULES.fullmatch(home) else None
-    return found if isinstance(found, type) and _KNOWN_MODULES.fullmatch(home) and _plain_class(found) else None
+    if _vouched(home, trust) and home.partition(".")[0] not in _PACKAGES:
+        return _Admitted(found, True)
+    inside = _KNOWN_MODULES.fullmatch(home) or (_vouched(home, trust) and not _CLOSED.fullmatch(home))
+    return _Admitted(found, False) if isinstance(found, type) and inside and _plain_class(found) else None
 
 
 def _plain_class(kind: type) -> bool:
@@ -548,34 +574,37 @@ def _plain_class(kind: type) -> bool:
     return kind.__new__ is object.__new__ and (issubclass(kind, nn.Module) or values)
 
 
-def _harmless(use: _Use, own: set[_Name], admitted: Mapping[_Name, Any], vouched: set[_Name]) -> bool:
+def _harmless(use: _Use, own: set[_Name], admitted: Mapping[_Name, _Admitted], written: _Written) -> bool:
     """Whether a saved network may use a global like this.
 
     Modules are made without their constructors: those of transformers, called with a crafted configuration, fetch
     kernels. functools.partial and torch's rebuild of a tensor's type call their first argument, so that is checked too.
+    Trust in a module lets its classes be called; its functions may be attributes, and run when the network does.
     """
     what = use.what
     if not isinstance(what, _Name):
         return use.kind == "state" and what is None
-    if what in vouched:
-        return True
+    entry = admitted.get(what, _Admitted(None, False))
+    if entry.trusted:
+        return use.kind != "call" or isinstance(entry.found, type) or what.module in written
     if what == "functools.partial":
-        return use.kind != "new" and isinstance(use.args, tuple) and _applicable(use.args[:1], admitted, vouched)
+        return use.kind != "new" and isinstance(use.args, tuple) and _applicable(use.args[:1], admitted)
     if use.kind == "state":
         return True
-    found = admitted.get(what)
     if use.kind == "new":
-        return what not in own and (use.args == () or (isinstance(found, type) and issubclass(found, tuple)))
+        bare = use.args == () or (isinstance(entry.found, type) and issubclass(entry.found, tuple))
+        return what not in own and bare
     if what == "torch._tensor._rebuild_from_type_v2":
         rebuilt = use.args[:2] if isinstance(use.args, tuple) else ()
         return len(rebuilt) == 2 and rebuilt[0] in _REBUILDS
-    return what in _CALLED or (isinstance(found, type) and issubclass(found, enum.Enum))
+    return what in _CALLED or (isinstance(entry.found, type) and issubclass(entry.found, enum.Enum))
 
 
-def _applicable(first: tuple[Any, ...], admitted: Mapping[_Name, Any], vouched: set[_Name]) -> bool:
+def _applicable(first: tuple[Any, ...], admitted: Mapping[_Name, _Admitted]) -> bool:
     name = first[0] if first else None
-    layer = isinstance(name, _Name) and name.module.startswith("torch.nn.modules.") and name in admitted
-    return layer or name in _KNOWN_FUNCTIONS or name in vouched
+    if not isinstance(name, _Name) or name not in admitted:
+        return False
+    return name.module.startswith("torch.nn.modules.") or name in _KNOWN_FUNCTIONS or admitted[name].trusted
 
 
 def _check_callables(path: Path, model: nn.Module, vouched: set[int]) -> None:
@@ -599,7 +628,11 @@ def _check_callables(path: Path, model: nn.Module, vouched: set[int]) -> None:
                         raise UntrustedError(
                             f"{path} has a module with a hook, {called.__qualname__}; it was not loaded."
                         )
-            elif callable(value) and callable(getattr(type(module), key, None)) and not {id(kind), id(value)} & vouched:
+            elif (
+                callable(value)
+                and (callable(getattr(type(module), key, None)) or key == "_compiled_call_impl")
+                and not {id(kind), id(value)} & vouched
+            ):
                 raise UntrustedError(f"{path} replaces the method {key} of {type(module).__name__}; it was not loaded.")
 
 
@@ -607,7 +640,7 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _executed(code: tuple[str | os.PathLike[str], ...]) -> dict[str, list[types.ModuleType]]:
+def _executed(code: tuple[str | os.PathLike[str], ...]) -> _Written:
     """The modules made of the user's files, by the names that a pickle may know them by."""
     made: dict[str, list[types.ModuleType]] = {}
     for file in code:
@@ -635,19 +668,26 @@ def _check_trust(trust: tuple[str, ...]) -> None:
     for name in trust:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
             raise LoadError(f"--trust takes the name of a module, such as package.module; got {name!r}.")
-        if name.partition(".")[0] in sys.stdlib_module_names:
+        if name.partition(".")[0] in _PYTHON:
             raise LoadError(
                 f"--trust {name}: no network lives in Python's own library, whose functions can do anything."
             )
 
 
-def _stranger_sentence(path: Path, names: list[_Name], code_given: bool) -> str:
+def _stranger_sentence(path: Path, names: list[_Name], trust: tuple[str, ...], code_given: bool) -> str:
     mine = [name for name in names if name.module == "__main__"]
-    python = [name for name in names if name.module.partition(".")[0] in sys.stdlib_module_names and name not in mine]
-    if python:
+    never = [
+        name
+        for name in names
+        if (name.module.partition(".")[0] in _PYTHON and name not in mine)
+        or (name.module.partition(".")[0] in _PACKAGES and not name.name.lstrip("_")[:1].isupper())  # a function
+        or _CLOSED.fullmatch(name.module)
+        or _vouched(name.module, trust)
+    ]
+    if never:
         return (
-            f"{path} asks for {_some(python)}, which no file may use; it was not loaded. If it is your own model, save "
-            "its state_dict instead, and give --arch pkg.mod:factory."
+            f"{path} asks for {_some(never)}, with which a file could run anything; it was not loaded. If it is your "
+            "own network, save its state_dict instead, and give --arch pkg.mod:factory."
         )
     ways = []
     if mine:

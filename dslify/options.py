@@ -28,6 +28,9 @@ Code = Annotated[
 ]
 Arch = Annotated[str | None, typer.Option("--arch", metavar="NAME", help="the network that weights alone belong to")]
 Rate = Annotated[str | None, typer.Option("--rate", metavar="HZ", help="sampling rate of the network (16000)")]
+Segment = Annotated[
+    str | None, typer.Option("--segment", metavar="SECONDS", help="cut sound into pieces of this length (as inserted)")
+]
 BatchSize = Annotated[str, typer.Option("--batch-size", metavar="N", help="samples at once")]
 Seed = Annotated[str, typer.Option("--seed", metavar="N", help="of everything random")]
 Write = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.dsl", help="write here, not to FILE.dsl")]
@@ -106,6 +109,11 @@ def whole(name: str, text: str, least: int = 0) -> int:
 
 def hertz(rate: str | None) -> int | None:
     return None if rate is None else whole("rate", rate, least=1)
+
+
+def seconds(segment: str | None) -> float | None:
+    """The --segment option."""
+    return None if segment is None else number("segment", segment, "above 0 seconds", above=0)
 
 
 def beside(model: str) -> Path:
