@@ -138,7 +138,7 @@ def _inferred(model: nn.Module) -> tuple[tuple[Any, ...], str]:
             if first is guess or (first is not None and guess.shapes is _LAST_RESORT and accident is None):
                 return inputs, _inference(inputs, first)
             if first is not None:  # it runs, but the shape was another layer's: ask the one that was called first
-                accident = accident or (inputs, first)
+                accident = accident or (inputs, guess)
                 queue = [first, *(other for other in queue if other is not first)]
                 break
     if accident is not None:

@@ -231,7 +231,7 @@ def _encode_codegen(graph: fx.Graph) -> dict[str, Any] | None:
     info = codegen.pytree_info
     try:
         specs = [spec if spec is None else pytree.treespec_dumps(spec) for spec in (info.in_spec, info.out_spec)]
-    except NotImplementedError as error:
+    except RuntimeError as error:  # what pytree raises for a type it has no name for is one
         raise StoreError(f"the network's inputs or outputs have a type that cannot be stored: {error}") from None
     for at, text in enumerate(specs):
         if text is not None:

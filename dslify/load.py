@@ -90,7 +90,7 @@ def _from_file(
     if head.startswith(b"PK\x03\x04"):
         return _from_zip(path, trust, code, arch)
     if head.startswith(b"\x80"):
-        return _fill(path, _old_format(path, arch), arch)
+        return _fill(path, _old_format(path), arch)
     raise LoadError(f"{path} is no model file: it is neither a torch.save nor a torch.export nor a safetensors file.")
 
 
@@ -150,7 +150,7 @@ def _named(text: str) -> nn.Module:
             model = build()
         except LoadError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise LoadError(f"{text} could not be built: {type(error).__name__}: {_one_line(error)}.") from error
     if not isinstance(model, nn.Module):
         raise LoadError(f"{text} gives a {type(model).__name__}, not a torch.nn.Module.")
@@ -242,13 +242,14 @@ def _model_in(path: Path, content: Any, arch: str | None) -> nn.Module:
     if isinstance(content, Mapping):
         wrapped = [content[key] for key in ("model", "net", "module", "ema", "state_dict") if key in content]
         content = next((value for value in wrapped if isinstance(value, nn.Module)), content)
-    if isinstance(content, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        content = content.module
     if not isinstance(content, nn.Module):
         return _fill(path, content, arch)
     if arch is not None:
         raise LoadError(f"{path} holds the network itself, so --arch has nothing to say; drop it.")
-    return content.eval()
+    try:
+        return (content.module if isinstance(content, nn.DataParallel) else content).eval()
+    except Exception as error:
+        raise LoadError(f"{path} holds a {type(content).__name__} that is damaged: {_one_line(error)}.") from None
 
 
 def _fill(path: Path, content: Any, arch: str | None) -> nn.Module:
@@ -308,7 +309,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise LoadError(f"{path} is no readable safetensors file: {_one_line(error)}.") from None
 
 
-def _old_format(path: Path, arch: str | None) -> Any:
+def _old_format(path: Path) -> Any:
     """The weights in a file from before PyTorch 1.6; never a whole module."""
     again = f'open it where it was made and save it again with torch.save(model, "{path.name}")'
     with warnings.catch_warnings():
@@ -338,10 +339,11 @@ _CALLED = {  # what torch itself and plain containers need; each makes a value a
     "_codecs.encode",
 }
 _KNOWN_MODULES = re.compile(
-    r"torch\.nn\.modules\.\w+|torch\.nn\.parallel\.data_parallel|timm\.(layers|models)(\.\w+)*|torchaudio\.(models|transforms)(\.\w+)*"
+    r"torch\.nn\.(modules\.\w+|parallel\.data_parallel)"
+    r"|timm\.(layers|models)(\.\w+)*|torchaudio\.(models|transforms)(\.\w+)*"
     r"|torchvision\.(models|ops|transforms)(\.\w+)*|transformers\.models(\.\w+)*\.(modeling|configuration)_\w+"
     r"|transformers\.(activations|backbone_utils|configuration_utils|pytorch_utils|generation\.configuration_utils)"
-    r"|dslify\.(switch|capture)"
+    r"|dslify\.(switch|guards)"
 )
 _KNOWN_FUNCTIONS = {  # of tensors, pure
     "torch._C._nn.gelu",
@@ -499,8 +501,10 @@ def _unpickled(path: Path, trust: tuple[str, ...], code: tuple[str | os.PathLike
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise LoadError(f"{path} cannot be read: {_one_line(error)}.") from None
-    if isinstance(content, nn.Module):
-        _check_callables(path, content, {id(entry.found) for entry in admitted.values() if entry.trusted})
+    trusted = {id(entry.found) for entry in admitted.values() if entry.trusted}
+    for value in (content, *(content.values() if isinstance(content, Mapping) else ())):
+        if isinstance(value, nn.Module):
+            _check_callables(path, value, trusted)
     return content
 
 
@@ -616,7 +620,10 @@ def _check_callables(path: Path, model: nn.Module, vouched: set[int]) -> None:
         if id(module) in seen or not isinstance(module, nn.Module):
             continue
         seen.add(id(module))
-        pending.extend(module._modules.values())  # type: ignore[arg-type]
+        children = vars(module).get("_modules")
+        if not isinstance(children, dict):
+            raise LoadError(f"{path} holds a {type(module).__name__} without its parts; save the network again.")
+        pending.extend(children.values())
         for key, value in vars(module).items():
             kind = type(value)
             if "hooks" in key and isinstance(value, Mapping):
@@ -656,7 +663,7 @@ def _executed(code: tuple[str | os.PathLike[str], ...]) -> _Written:
         try:
             with _working_folder_first(str(path.resolve().parent)):
                 spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script without the __main__ guard may exit
             del sys.modules[name]
             raise LoadError(f"--code {path} failed: {type(error).__name__}: {_one_line(error)}.") from error
         for key in ("__main__", path.stem):

@@ -31,7 +31,9 @@ _TEXT, _WEIGHTS = "dslify.json", "weights.safetensors"
 _MOST_TEXT = 2**28  # bytes of JSON; the largest network tried has 5 MB
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # so that saving twice gives the same bytes
 
-_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
+_CONVOLUTION = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode",
+)  # fmt: skip
 # Layers without a graph that a light path may consist of: their settings, which are also their constructor's names.
 _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Identity: (), nn.ReLU: (), nn.SiLU: (), nn.Tanh: (), nn.Sigmoid: (), nn.ELU: ("alpha",),
@@ -170,10 +172,15 @@ def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Modul
         case "dsl":
             names = data["tensors"]
             hidden, double = tensors[names["switch.hidden.weight"]].shape
+            mask_shape = tensors[names["mask.weight"]].shape
+            if mask_shape[data["channel_axis"]] != double // 2:
+                raise StoreError(
+                    f"the mask of shape {tuple(mask_shape)} does not fit the switch of {double // 2} channels."
+                )
             light, full = _rebuild(data["light"], tensors), _rebuild(data["full"], tensors)
             with torch.device("meta"):  # the stored tensors come in their place; no random numbers are drawn
                 layer = DSLayer(
-                    Mask(tensors[names["mask.weight"]].shape),
+                    Mask(mask_shape),
                     Switch(double // 2, hidden),
                     light,
                     full,
@@ -338,7 +345,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
                 raise StoreError(f"{path} would unpack to more than it may; it was not loaded.")
             text = json.loads(archive.read(_TEXT))
             weights = archive.read(_WEIGHTS)
-    except (zipfile.BadZipFile, EOFError, ValueError, RecursionError, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, OSError) as error:
         raise StoreError(f"{path} is damaged or cut short, or no .dsl file ({_one_line(error)}).") from None
     found = text.get("format") if isinstance(text, dict) else None
     if found != FORMAT:

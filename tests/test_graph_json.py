@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import operator
@@ -85,9 +86,9 @@ def test_networks_of_the_zoo_come_back_bit_for_bit(name):
             assert torch.equal(mine, theirs)
     assert list(again.state_dict()) == list(graph.state_dict())
     assert encode(again, {}) == data
-    stacks = [node.meta.get("nn_module_stack") for node in graph.graph.nodes]
-    assert [node.meta.get("nn_module_stack") or None for node in again.graph.nodes] == [stack or None for stack in stacks]
-    assert any(stacks)
+    stacks = [[node.meta.get("nn_module_stack") or None for node in one.graph.nodes] for one in (again, graph)]
+    assert stacks[0] == stacks[1]
+    assert any(stacks[0])
 
 
 def test_everything_comes_back(everything):
@@ -167,7 +168,7 @@ def test_what_a_file_cannot_hold_is_named():
         encode(fx.GraphModule(nn.Module(), graph))
 
 
-# Hostile files. RUN is source that leaves a mark; each change below puts it, or something that leads to it, into a graph.
+# Hostile files. RUN is source that leaves a mark; each change puts it, or something that leads to it, into a graph.
 
 RUN = "getattr(__import__('os'), 'mkdir')('was_run')"  # without a dot, since paths are split at those
 
@@ -205,8 +206,8 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "attrgetter": lambda d: node(d, "call_function").update(target="operator.attrgetter", args=["a"], kwargs={}),
     "os.system": lambda d: node(d, "call_function").update(target="os.system", args=["touch was_run"], kwargs={}),
     "torch.load": lambda d: node(d, "call_function").update(target="torch.load", args=["x"], kwargs={}),
-    "TorchScript's save": lambda d: node(d, "call_function").update(target="aten.save.default", args=[1, "was_run"]),
-    "from_file": lambda d: node(d, "call_function").update(target="aten.from_file.default", args=["was_run", True, 9]),
+    "TorchScript's save": lambda d: node(d, "call_function").update(target="aten.save.default", args=[1, "x"]),
+    "from_file": lambda d: node(d, "call_function").update(target="aten.from_file.default", args=["x", True, 9]),
     "image file": lambda d: node(d, "call_function").update(target="image.write_file.default"),
     "not an operator": lambda d: node(d, "call_function").update(target="aten.__class__.mro"),
     "device": lambda d: node(d, "call_function").update(args=[{"device": f"cpu'); {RUN} #"}]),
@@ -216,7 +217,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "node from behind": lambda d: node(d, "call_function").update(args=[{"node": d["nodes"][-2]["name"]}]),
     "same node twice": lambda d: d["nodes"].insert(1, d["nodes"][0]),
     "keyword of the network": lambda d: d["codegen"].update(
-        {"in": d["codegen"]["in"].replace("extra", "a':0}),self._in_spec);" + RUN.replace("'", "\\\\u0027") + "#")}
+        {"in": d["codegen"]["in"].replace("extra", "a':0}),0);" + RUN.replace("'", "\\u0027") + "#")}
     ),
     "module named by a tree": lambda d: d["codegen"].update(
         {"in": wrapped("collections.defaultdict", context=FACTORY)}
@@ -285,10 +286,8 @@ def fires_by_enumeration() -> None:
 )
 def test_the_same_changes_do_run_without_the_checks(fire, hostile_folder):
     """Or else the test above could not fail."""
-    try:
+    with contextlib.suppress(AttributeError, TypeError, RuntimeError):
         fire()
-    except (AttributeError, TypeError, RuntimeError):
-        pass
     assert (hostile_folder / "was_run").exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
 import functools
 import importlib
 import io
@@ -144,8 +146,10 @@ def test_a_wrapped_module_is_taken_out_and_a_module_in_memory_passes_through(fol
     ],
 )
 def test_names_give_the_same_random_weights_each_time_and_leave_the_generator_alone(name, kind):
+    one = load_model(name)
+    torch.manual_seed(1)
     before = torch.get_rng_state()
-    one, two = load_model(name), load_model(name)
+    two = load_model(name)
     assert isinstance(one, kind)
     assert not one.training
     assert torch.equal(torch.get_rng_state(), before)
@@ -224,9 +228,19 @@ SENTENCES: dict[str, tuple[Callable[[], str], str, dict[str, Any]]] = {
     "zip": (lambda: rewritten(saved(1), lambda m: (m.clear(), m.update(a=b"1"))), "neither data.pkl nor", {}),
     "zip, cut short": (lambda: cut(saved(nn.Linear(9, 9))), "damaged or cut short", {}),
     "zip bomb": (bomb, "far more than its own size", {}),
-    "damaged pickle": (lambda: rewritten(saved(1), lambda m: m.update({"model/data.pkl": b"\x80\x02X"})), "damaged", {}),
+    "damaged pickle": (lambda: rewritten(saved(1), lambda m: m.update({"model/data.pkl": b"\x80X"})), "damaged", {}),
     "TorchScript": (scripted, "TorchScript archive", {}),
     "tensor": (lambda: saved(torch.ones(2, 3)), "one tensor of shape 2x3", {}),
+    "module without its parts": (
+        lambda: saved(PassesForLinear(copyreg.__newobj__, nn.Linear, state={"training": True})),
+        "holds a Linear without its parts",
+        {},
+    ),
+    "module with other parts": (
+        lambda: saved(PassesForLinear(copyreg.__newobj__, nn.Linear, state={"_modules": {"a": 1}})),
+        "holds a Linear that is damaged",
+        {},
+    ),
     "list": (lambda: saved([1, 2]), "holds a list", {}),
     "dict": (lambda: saved({"a": 1, "b": 2}), "a dict with 'a', 'b'", {}),
     "weights alone": (lambda: saved(nn.Linear(2, 2).state_dict()), "weights only .2 tensors.*--arch", {}),
@@ -237,7 +251,7 @@ SENTENCES: dict[str, tuple[Callable[[], str], str, dict[str, Any]]] = {
     ),
     "weights of another shape": (
         lambda: written(STRANGER.encode(), "stranger.py") and saved({f"inner.{k}": v for k, v in SHORT.items()}),
-        r"size mismatch for inner.* torch.Size\(\[3, 3\]\)",
+        "size mismatch for inner.*, the shape in current model is",
         {"arch": "stranger:factory"},
     ),
     "arch without weights": (lambda: saved(nn.Linear(2, 2)), "drop it", {"arch": "timm:resnet18"}),
@@ -261,6 +275,11 @@ SENTENCES: dict[str, tuple[Callable[[], str], str, dict[str, Any]]] = {
     "trust in the standard library": (lambda: saved(nn.Linear(2, 2)), "Python's own library", {"trust": ["os"]}),
     "trust in no name": (lambda: saved(nn.Linear(2, 2)), "takes the name of a module", {"trust": ["a b"]}),
     "no code": (lambda: saved(nn.Linear(2, 2)), "--code lost.py: there is no such file", {"code": ["lost.py"]}),
+    "code that exits": (
+        lambda: written(b"raise SystemExit(3)", "mine.py") and saved(nn.Linear(2, 2)),
+        "--code mine.py failed: SystemExit",
+        {"code": ["mine.py"]},
+    ),
     "code that fails": (
         lambda: written(b"1/0", "mine.py") and saved(nn.Linear(2, 2)),
         "--code mine.py failed: ZeroDivisionError",
@@ -379,6 +398,10 @@ class Calls:
         return self.parts
 
 
+class PassesForLinear(Calls):
+    __class__ = nn.Linear  # pickle asks whether the class is the one that __newobj__ names
+
+
 def graph_module_with_source() -> Any:
     body = {"_code": "def forward(self):\n    pass\n", "_graphmodule_cls_name": "GraphModule"}
     return Calls(reduce_graph_module, body, "getattr(__import__('os'), 'mkdir')('was_run')\n")
@@ -406,27 +429,14 @@ HOSTILE: dict[str, Callable[[], Any]] = {
     "exec": lambda: Calls(exec, "__import__('os').mkdir('was_run')"),
     "subprocess": lambda: Calls(importlib.import_module("subprocess").check_call, ["mkdir", "was_run"]),
     "a method of a path": lambda: Calls(getattr(Path("was_run"), "mkdir")),  # noqa: B009
-    "an attribute in another package": lambda: Calls(torchvision.models._utils.__dict__.get("os", os).mkdir, "was_run"),
     "fx.GraphModule's source": graph_module_with_source,
-    "partial of eval": lambda: Calls(functools.partial, eval, "1"),
     "inside a module": lambda: with_attribute(Calls(os.mkdir, "was_run")),
     "inside a state dict": lambda: {"weight": torch.ones(1), "bias": Calls(os.mkdir, "was_run")},
     "constructor of a known module": lambda: Calls(at_home_in("timm.layers.mlp", Remembering)),
     "rebuild with another function": lambda: Calls(
         torch._tensor._rebuild_from_type_v2, at_home_in("timm.layers.mlp", Remembering), Remembering, (), {}
     ),
-    "torch.load of another file": lambda: Calls(torch.load, second_file(), None, pickle, weights_only_false()),
 }
-
-
-def weights_only_false() -> Any:
-    return Calls(dict)
-
-
-def second_file() -> str:
-    with open("second.pkl", "wb") as file:
-        pickle.dump(Calls(os.mkdir, "was_run"), file)
-    return "second.pkl"
 
 
 def with_attribute(value: Any) -> nn.Module:
@@ -442,7 +452,7 @@ def tidy(folder: Path) -> Path:
     Remembering.__module__ = __name__
 
 
-@pytest.mark.parametrize("case", [case for case in HOSTILE if case not in ("partial of eval", "torch.load of another file")])
+@pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_pickle_is_refused_and_runs_nothing(case, tidy):
     path = saved(HOSTILE[case]())
     with pytest.raises(UntrustedError) as refusal:
@@ -450,10 +460,8 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(case, tidy):
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 400
     assert not (tidy / "was_run").exists()
-    try:
+    with contextlib.suppress(TypeError, AttributeError, RuntimeError):  # after the deed: what was made fits nowhere
         torch.load(path, weights_only=False)
-    except (TypeError, AttributeError, RuntimeError):  # after the deed: what was made is no module, no tensor
-        pass
     assert (tidy / "was_run").exists()  # or else the refusal above would prove nothing
 
 
@@ -481,13 +489,19 @@ def test_hooks_and_replaced_methods_are_refused_though_their_globals_are_known(f
     for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_load_state_dict_pre_hooks"):
         model = nn.Sequential(nn.Linear(2, 2))
         vars(model[0])[table][0] = nn.Identity
-        with pytest.raises(UntrustedError, match="hook"):
-            load_model(saved(model))
+        for content in (model, {"model": model}):
+            with pytest.raises(UntrustedError, match="hook"):
+                load_model(saved(content))
     for name in ("forward", "modules", "eval", "train"):
         model = nn.Sequential(nn.Linear(2, 2))
         vars(model[0])[name] = torch.nn.functional.relu
         with pytest.raises(UntrustedError, match=f"replaces the method {name}"):
             load_model(saved(model))
+    state = {**vars(nn.Linear(2, 2)), "_compiled_call_impl": torch.nn.functional.relu}
+    model = with_attribute(None)
+    model._modules["0"] = PassesForLinear(copyreg.__newobj__, nn.Linear, state=state)
+    with pytest.raises(UntrustedError, match="_compiled_call_impl"):
+        load_model(saved(model))
 
 
 def test_an_ambiguous_archive_is_read_by_one_reader_only(folder):
@@ -500,10 +514,8 @@ def test_an_ambiguous_archive_is_read_by_one_reader_only(folder):
                 for source in (one, two):
                     for name in source.namelist():
                         archive.writestr(f"m/{name.partition('/')[2]}", source.read(name))
-        try:
+        with contextlib.suppress(LoadError):
             load_model("model.pt")
-        except LoadError:
-            pass
         assert not (folder / "was_run").exists()
 
 
@@ -603,7 +615,7 @@ def pickled(config: str, member: str) -> Callable[[dict[str, bytes]], None]:
 
 def custom_object(members: dict[str, bytes]) -> None:
     def change(data: Any) -> None:
-        next(iter(data["config"].values())).update(path_name="custom_obj_0", use_pickle=True)
+        next(iter(data["config"].values())).update(path_name="custom_obj_0")  # torch goes by the name, not by the flag
 
     changed_json("constants_config.json", change)(members)
     prefix = next(iter(members)).partition("/")[0]
@@ -646,7 +658,9 @@ ARCHIVES: dict[str, Callable[[dict[str, bytes]], None]] = {
     "size that is code": program(lambda d: size_of_input(d, run_text())),
     "guard that is code": program(lambda d: d["guards_code"].append(f"{run_text()} is None")),
     "guard that leaves its message": program(
-        lambda d: d["guards_code"].append("""L['x'].size()[0] != len('x" + str(__import__("os").mkdir("was_run")) + "')""")
+        lambda d: d["guards_code"].append(
+            """L['x'].size()[0] != len('" + str(__import__("os").mkdir("was_run")) + "')"""
+        )
     ),
     "tree that names a module": program(
         lambda d: tree_of_inputs(
@@ -661,9 +675,7 @@ ARCHIVES: dict[str, Callable[[dict[str, bytes]], None]] = {
 REFUSED_ONLY: dict[str, Callable[[dict[str, bytes]], None]] = {
     "custom object": custom_object,
     "text among the inputs": program(text_input),
-    "name that is code": program(
-        lambda d: d["graph_module"]["graph"]["nodes"][0].update(name=f"x={run_text()};y")
-    ),
+    "name that is code": program(lambda d: d["graph_module"]["graph"]["nodes"][0].update(name=f"x={run_text()};y")),
     "operator that is none": program(lambda d: d["graph_module"]["graph"]["nodes"][0].update(target="torch.load")),
     "operator that reads files": program(
         lambda d: d["graph_module"]["graph"]["nodes"][0].update(target="torch.ops.aten.from_file.default")
@@ -710,19 +722,19 @@ def test_other_things_that_an_archive_may_not_hold(case, folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda members: members.pop(next(name for name in members if name.endswith("models/model.json"))), "no archive"),
+        (lambda members: [members.pop(name) for name in list(members) if name.endswith("model.json")], "no archive"),
         (program(lambda d: d.update(schema_version={"major": 999, "minor": 0})), "cannot be read by PyTorch"),
         (program(lambda d: d.pop("graph_module")), "cannot be read by PyTorch"),
         (lambda members: members.update({name: b"{" for name in members if name.endswith(".json")}), "damaged"),
     ],
 )
-def test_a_damaged_archive_gets_one_sentence(change, words, folder, capfd):
+def test_a_damaged_archive_gets_one_sentence(change, words, folder, caplog):
     path = rewritten(exported()[0], change)
-    capfd.readouterr()
+    caplog.clear()
     with pytest.raises(LoadError, match=words) as refusal:
         load_model(path)
     assert "\n" not in str(refusal.value)
-    assert capfd.readouterr().err == ""  # torch logs tracebacks otherwise
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]  # torch's tracebacks
 
 
 # Example inputs
@@ -744,12 +756,23 @@ class DecoderFirst(nn.Module):
 class Waves(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.conv = nn.BatchNorm1d(4), conv()
+        self.head, self.conv = nn.Linear(40, 2), nn.Conv1d(1, 40, 8, stride=4)  # (1, 40) runs too, by accident
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2:
             raise ValueError("(batch, time)")
-        return self.norm(self.conv(x[:, None]))
+        return self.head(self.conv(x[:, None]).mean(-1))
+
+
+class Folds(nn.Module):
+    """Its first layer says nothing about the input, which it reshapes; another one's size happens to fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back, self.conv = nn.Linear(40, 40), nn.Conv1d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.conv(x.reshape(1, 2, 20)).reshape(1, 40))
 
 
 class Two(nn.Module):
@@ -778,6 +801,7 @@ INFERRED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "features": (lambda: conv(80), (1, 80, 512), "the network, a Conv1d with 80 channels"),
     "decoder registered first": (DecoderFirst, (1, 1, 16000), "encoder, a Conv1d"),
     "waves": (Waves, (1, 16000), "conv, a Conv1d with 1 channel"),
+    "another layer's size": (Folds, (1, 40), "back, a Linear with 40 channels"),
     "images": (lambda: torchvision.models.squeezenet1_1(), (1, 3, 224, 224), "features.0, a Conv2d with 3 channels"),
     "digits": (lambda: lenet(28, 1), (1, 1, 28, 28), "0, a Conv2d with 1 channel"),
     "small images": (lambda: lenet(32, 3), (1, 3, 32, 32), "0, a Conv2d with 3 channels"),
@@ -834,7 +858,7 @@ def test_a_spec_is_taken_literally():
     assert note == "input 1x3x8x8, 2x10 int64, 4 bool, 2x2 (as given)"
 
 
-@pytest.mark.parametrize("spec", ["", "1x", "ax3", "1,2,", "0x3", "1x-3", "1x3:float17", "1x3:", "1x99999x99999", "1 x 3"])
+@pytest.mark.parametrize("spec", ["", "1x", "ax3", "1,2,", "0x3", "1x-3", "1x3:float17", "1x3:", "1x99999x99999"])
 def test_a_wrong_spec_gets_a_sentence(spec):
     with pytest.raises(OptionError, match=r"^--input .*(shape|type|elements)") as refusal:
         example_inputs_for(nn.Linear(1, 1), spec)
@@ -852,10 +876,8 @@ def test_a_slow_network_is_given_up(monkeypatch):
             self.inner = nn.Linear(2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            try:
+            with contextlib.suppress(Exception):
                 time.sleep(30)
-            except Exception:  # noqa: BLE001
-                pass
             return self.inner(x)
 
     monkeypatch.setattr(room, "SECONDS", 0.3)
