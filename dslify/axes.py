@@ -243,8 +243,8 @@ def _products(axes: AxisMap) -> Iterator[Axis]:
 def rounded(size: int, share: float) -> int:
     """Entries to keep of `size`, never fewer than the share: wide axes to a multiple of 4, which kernels like.
 
-    Upwards, because a narrow layer is a bottleneck for all that follows: on the codec 8 instead of 4 of 32 channels more
-    than halved the difference that fine-tuning ends at.
+    Upwards, because a narrow layer is a bottleneck for all that follows: on the codec 8 instead of 4 of 32 channels
+    more than halved the difference that fine-tuning ends at.
     """
     exact = math.ceil(size * share - 1e-9)
     return min(size, 4 * math.ceil(exact / 4) if size >= 32 else max(1, exact))

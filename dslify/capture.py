@@ -21,7 +21,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from .errors import CaptureError
+from .errors import CaptureError, one_line
 from .functional import copied, drop_assertions, functionalise, size_words
 from .guards import Guards as Guards
 from .guards import add_guards
@@ -102,7 +102,7 @@ def capture(
         except Exception as error:
             shapes = _shapes((args, kwargs))
             raise CaptureError(
-                f"The network does not run on the example input {shapes}: {_one_line(error)}. "
+                f"The network does not run on the example input {shapes}: {one_line(error)}. "
                 "Give the right shape with --input, such as --input 1x1x16000."
             ) from error
         reason = ""
@@ -113,7 +113,7 @@ def capture(
                 reason = f"torch.export took more than {time_limit:.0f} s"
                 continue
             except Exception as error:
-                reason = _one_line(error)
+                reason = one_line(error)
                 continue
             reason = _differs(graph_module, module, expected, args, kwargs)
             if not reason:
@@ -144,7 +144,7 @@ def scope_inputs(
         with evaluating(model), torch.no_grad():
             model(*args, **(kwargs or {}))
     except Exception as error:
-        raise CaptureError(f"The network does not run on the example input: {_one_line(error)}.") from error
+        raise CaptureError(f"The network does not run on the example input: {one_line(error)}.") from error
     finally:
         handle.remove()
     if len(calls) != 1:
@@ -254,7 +254,7 @@ def _differs(
     try:
         found = captured(*args, **kwargs)
     except Exception as error:
-        return f"the captured graph does not run: {_one_line(error)}"
+        return f"the captured graph does not run: {one_line(error)}"
     for mine, theirs in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
         if isinstance(theirs, Tensor) and not torch.allclose(
             mine.double(), theirs.double(), rtol=RTOL, atol=ATOL, equal_nan=True
@@ -281,8 +281,3 @@ def _shapes(tree: Any) -> str:
     return ", ".join(
         "x".join(map(str, leaf.shape)) or "scalar" for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)
     )
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]

@@ -304,11 +304,11 @@ def _load(file: Path) -> nn.Module:
 
 
 def _good_start(points: list[CutPoint]) -> str:
-    """A cut to try first: two thirds of the work behind it, named shortly; "" where there is none."""
+    """A cut to try first: shortly named, with about two thirds of the work behind it; "" where there is none."""
 
-    def unlike(point: CutPoint) -> tuple[float, int]:
-        share = point.region_macs / max(1, point.base_macs + point.region_macs)
-        return round(abs(share - 2 / 3), 1), point.path.count(".")
+    def unlike(point: CutPoint) -> tuple[bool, int, float]:
+        away = abs(point.region_macs / max(1, point.base_macs + point.region_macs) - 2 / 3)
+        return away > 0.2, point.path.count("."), away
 
     usable = [point for point in points if not point.reason]
     return min(usable, key=unlike).path if usable else ""

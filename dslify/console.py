@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from typer import Context, Exit, TyperException
+from typer import Exit, TyperException
 from typer.core import TyperGroup
 
 from .errors import DslifyError
@@ -32,10 +32,10 @@ class Door(TyperGroup):
     one line and 130; everything else is a fault of dslify and keeps its traceback.
     """
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, args: Any = None, prog_name: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:
         """As in typer, but errors are told in our words. Ends the process; `standalone_mode` has no effect."""
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
         except DslifyError as error:
             code = _fail(str(error))
         except TyperException as error:
@@ -46,7 +46,7 @@ class Door(TyperGroup):
             code = _fail(f"{error.filename}: {error.strerror}; dslify cannot go on without it.")
         sys.exit(code or 0)
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """As in typer; Ctrl-C is told here, because the parser would drop what it says."""
         try:
             return super().invoke(ctx)

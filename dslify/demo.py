@@ -22,7 +22,7 @@ from .calibrate import Calibration, calibrate
 from .console import Output
 from .cost import Cost, cost
 from .data import open_data
-from .errors import LoadError
+from .errors import LoadError, OptionError
 from .insert import insert
 from .measure import Evaluation, evaluate
 from .runs import History
@@ -33,13 +33,14 @@ from .train import finetune
 
 RECIPE = "recipes.soundstream"
 RATE = 16_000
-WIDTH = 0.18  # a light path with over 20 times fewer parameters and 12 times fewer MACs
-STEPS, SWITCH_STEPS = 1200, 600
+WIDTH = 0.1  # the default; here over 30 times fewer parameters and MACs
+STEPS, SWITCH_STEPS = 1500, 600
 MAX_DIFFERENCE = 0.05  # mean relative difference from the full path that routing may cost
 SEED = 0
 THREADS = 1  # the same numbers on every number of cores; the networks are too small to gain from more
 PARTS = ("train", "valid", "test")
 ROUTES: tuple[Route, ...] = ("full", "mixed", "light")  # that the clip to listen to is coded on
+RUN = "demo.run"
 FILES = {
     "codec.dsl": "the codec with its Dynamic Switch Layer: dslify.load(..., into=codec)",
     "speech_original.flac": "two voices of the test",
@@ -47,7 +48,7 @@ FILES = {
     "speech_mixed.flac": "coded as the switch chooses",
     "speech_light.flac": "coded with the light path only",
     "report.json": "every figure above",
-    "run/": "losses, checkpoints, TensorBoard logs",
+    f"{RUN}/": "losses, checkpoints, TensorBoard logs",
 }
 
 
@@ -80,7 +81,7 @@ class Demo:
 def run(folder: Path, out: Output) -> Demo:
     """Everything, with its files in `folder`; those of an earlier demo are replaced.
 
-    Raises LoadError where the recipe or its sound is not installed.
+    Raises LoadError where the recipe or its sound is not installed, OptionError for a folder with other things in it.
     """
     started = time.perf_counter()
     threads = torch.get_num_threads()
@@ -93,8 +94,7 @@ def run(folder: Path, out: Output) -> Demo:
 
 def _run(folder: Path, out: Output, started: float) -> Demo:
     codec, cut, sound = _recipe()
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "run", ignore_errors=True)
+    _clear(folder)
     parameters = sum(parameter.numel() for parameter in codec.parameters())
     out.show(
         _bold(f"1. A speech codec, {report.human(parameters)} parameters. Its encoder is cut behind {cut}:"),
@@ -106,11 +106,7 @@ def _run(folder: Path, out: Output, started: float) -> Demo:
     costs = cost(net)
     out.show(report.surgery(costs, layer.plan), "")
 
-    out.show(
-        _bold(
-            "2. Fine-tuning: the light path on train, the switch on half of valid; base and full path stay as they are."
-        )
-    )
+    out.show(_bold("2. Fine-tuning: the light path on train, the switch on half of valid; the rest stays as it is."))
     shape = expected_shape(net)
     train, valid, test = (open_data(sound / name, shape, rate=RATE, progress=out.progress) for name in PARTS)
     lengths = ", ".join(
@@ -124,7 +120,7 @@ def _run(folder: Path, out: Output, started: float) -> Demo:
         switch_data=for_switch,
         steps=STEPS,
         switch_steps=SWITCH_STEPS,
-        run_dir=folder / "run",
+        run_dir=folder / RUN,
         checkpoint_every=500,
         seed=SEED,
         threads=THREADS,
@@ -133,7 +129,7 @@ def _run(folder: Path, out: Output, started: float) -> Demo:
     out.show(report.training(history), "")
 
     out.show(
-        _bold("3. The threshold, on the other half of valid: as high as it may be for the difference that is allowed."),
+        _bold("3. The threshold, on the other half of valid: as high as it may be for the difference allowed."),
         "",
     )
     calibration = calibrate(net, for_threshold, max_difference=MAX_DIFFERENCE, progress=out.progress)
@@ -149,7 +145,7 @@ def _run(folder: Path, out: Output, started: float) -> Demo:
     _write(folder / "report.json", json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
     out.show(_bold(f"5. Written to {folder}/ ({found.seconds:.0f} s in all):"))
     out.show(*(f"   {name:<22}{about}" for name, about in FILES.items()), "")
-    out.next("evaluate", str(folder / "codec.dsl"), "--data", os.path.relpath(sound / "test"), "--by", "source")
+    out.next("evaluate", str(folder / "codec.dsl"), "--data", _shown(sound / "test"), "--by", "source")
     return found
 
 
@@ -165,8 +161,22 @@ def _in_short(evaluation: Evaluation) -> str:
     )
 
 
+def _shown(path: Path) -> str:
+    """Shorter where it lies in the working folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def _bold(text: str) -> Text:
     return Text(text, "bold")
+
+
+def _clear(folder: Path) -> None:
+    """Makes the folder, or takes one that an earlier demo made; another one is refused, so that no file is lost."""
+    if folder.exists() and not (folder.is_dir() and ((folder / RUN).is_dir() or not any(folder.iterdir()))):
+        raise OptionError(f"{folder} holds other things than an earlier demo's; name a new folder with --output.")
+    shutil.rmtree(folder / RUN, ignore_errors=True)
+    (folder / RUN).mkdir(parents=True)
 
 
 def _recipe() -> tuple[nn.Module, str, Path]:

@@ -14,6 +14,8 @@
 The message is the whole message: it names the thing, what was found, what was expected and the way out.
 """
 
+from collections.abc import Sequence
+
 
 class DslifyError(Exception):
     """Base of every error whose cause is the user's input."""
@@ -53,3 +55,15 @@ class DataError(DslifyError):
 
 class TrainError(DslifyError):
     pass
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of somebody else's error, for the middle of a sentence of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three of many names."""
+    shown = ", ".join(str(name)[:80] for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

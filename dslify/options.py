@@ -61,7 +61,10 @@ Alpha = Annotated[str, typer.Option("--alpha", metavar="WEIGHT", help="of switch
 Beta = Annotated[str, typer.Option("--beta", metavar="WEIGHT", help="of the mask's L1; 0 leaves the mask")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", metavar="FOLDER", help="for checkpoints and logs (FILE.run)")]
-Threads = Annotated[str | None, typer.Option("--threads", metavar="N", help="of torch on the CPU")]
+Threads = Annotated[
+    str | None,
+    typer.Option("--threads", metavar="N", help="of torch on the CPU (torch decides; 1 is best for small networks)"),
+]
 LightShare = Annotated[
     str | None, typer.Option("--light-share", metavar="SHARE", help="of the samples that shall go light")
 ]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import __version__
-from .errors import StoreError
+from .errors import StoreError, one_line
 from .functional import copied
 from .graph_json import decode, encode
 from .guards import Guards
@@ -77,7 +77,7 @@ def save(net: nn.Module, path: str | os.PathLike[str], force: bool = False) -> P
     try:
         weights = safetensors.torch.save(_laid_out(tensors))
     except (ValueError, RuntimeError, KeyError) as error:
-        raise StoreError(f"The weights cannot be written: {_one_line(error)}.") from None
+        raise StoreError(f"The weights cannot be written: {one_line(error)}.") from None
     _write(path, {_TEXT: encoded, _WEIGHTS: weights})
     return path
 
@@ -346,7 +346,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
             text = json.loads(archive.read(_TEXT))
             weights = archive.read(_WEIGHTS)
     except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, OSError) as error:
-        raise StoreError(f"{path} is damaged or cut short, or no .dsl file ({_one_line(error)}).") from None
+        raise StoreError(f"{path} is damaged or cut short, or no .dsl file ({one_line(error)}).") from None
     found = text.get("format") if isinstance(text, dict) else None
     if found != FORMAT:
         age = "newer" if isinstance(found, int) and found > FORMAT else "other"
@@ -366,9 +366,4 @@ def _damage_told(path: Path) -> Iterator[None]:
     except StoreError as error:
         raise StoreError(f"{path} was not loaded: {error}") from None
     except Exception as error:
-        raise StoreError(f"{path} is damaged: {type(error).__name__}: {_one_line(error)}.") from None
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]
+        raise StoreError(f"{path} is damaged: {type(error).__name__}: {one_line(error)}.") from None
