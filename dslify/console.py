@@ -32,10 +32,10 @@ class Door(TyperGroup):
     one line and 130; everything else is a fault of dslify and keeps its traceback.
     """
 
-    def main(self, args: Any = None, prog_name: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:
-        """As in typer, but errors are told in our words. Ends the process; `standalone_mode` has no effect."""
+    def main(self, args: Any = None, prog_name: Any = None, *rest: Any, **extra: Any) -> Any:
+        """As in typer, but errors are told in our words. Ends the process: `standalone_mode` has no effect."""
         try:
-            code = super().main(args, prog_name, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, *rest[:1], **{**extra, "standalone_mode": False})
         except DslifyError as error:
             code = _fail(str(error))
         except TyperException as error:

@@ -28,6 +28,7 @@ from .switch import DSLayer, Layout, Mask, Switch, dsl_layers
 
 FORMAT = 1
 _TEXT, _WEIGHTS = "dslify.json", "weights.safetensors"
+_AROUND = "around"  # in the meta of a scope's graph that was loaded alone: the state of the model around it
 _MOST_TEXT = 2**28  # bytes of JSON; the largest network tried has 5 MB
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # so that saving twice gives the same bytes
 
@@ -57,9 +58,12 @@ def save(net: nn.Module, path: str | os.PathLike[str], force: bool = False) -> P
     if not path.parent.is_dir():
         raise StoreError(f"{path}: there is no folder {path.parent}; make it first.")
     scope, graph = _dslified_part(net)
+    state = _state_around(net, scope) if scope else {}
+    if scope is None and _AROUND in graph.meta:  # a scope's graph that was loaded alone
+        scope, state = graph.meta["dslify"]["scope"], graph.meta[_AROUND]
     tensors: dict[str, Tensor] = {}
     described = _describe(graph, "", tensors)
-    outer = _outer_names(net, scope, tensors) if scope else {}
+    outer = _named_tensors(state, tensors)
     text = {
         "format": FORMAT,
         "dslify": __version__,
@@ -85,8 +89,9 @@ def save(net: nn.Module, path: str | os.PathLike[str], force: bool = False) -> P
 def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Module:
     """A network that save() wrote, in eval mode and trainable, without the source of the model it was made from.
 
-    Of a network with a scope this is the scope's graph alone, whose meta["dslify"]["scope"] says where it belongs;
-    into: the model it was cut from, of which a copy with the graph at its place and the stored weights is returned.
+    Of a network with a scope this is the scope's graph alone, whose meta["dslify"]["scope"] says where it belongs (it
+    keeps the weights of the model around it, for the next save). into: the model it was cut from, of which a copy with
+    the graph at its place and the stored weights is returned.
     Raises StoreError for a file that is damaged, of another format, or holds anything that save() would not write.
     """
     path = Path(path)
@@ -98,12 +103,14 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
         if not isinstance(net, fx.GraphModule) or not dsl_layers(net):
             raise StoreError("it holds no dslified network.")
         net.eval()
-        scope = text["scope"]
-        if into is None:
-            return net
-        if scope is None:
+        scope, outer = text["scope"], {name: tensors[key] for name, key in text["outer"].items()}
+        if into is not None and scope is None:
             raise StoreError("it holds a whole network, so there is nothing to put it into; leave out `into`.")
-        return _put_into(into, str(scope), net, {name: tensors[key] for name, key in text["outer"].items()})
+        if into is not None:
+            return _put_into(into, str(scope), net, outer)
+        if scope is not None:
+            net.meta[_AROUND] = outer
+        return net
 
 
 def _dslified_part(net: nn.Module) -> tuple[str | None, fx.GraphModule]:
@@ -237,14 +244,19 @@ def _put(
         table[name] = new
 
 
-def _outer_names(net: nn.Module, scope: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Names of the state of the model around the scope -> keys of its tensors."""
+def _state_around(model: nn.Module, scope: str) -> dict[str, Tensor]:
+    """The state of a model but for its scope."""
+    state = model.state_dict(keep_vars=True).items()
+    return {name: value for name, value in state if not name.startswith(f"{scope}.") and isinstance(value, Tensor)}
+
+
+def _named_tensors(state: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Names -> keys of their tensors, which are added to `tensors` unless they are tied to one in it."""
     keys = {id(tensor): key for key, tensor in tensors.items()}
     names: dict[str, str] = {}
-    for name, value in net.state_dict(keep_vars=True).items():
-        if not name.startswith(f"{scope}.") and isinstance(value, Tensor):
-            names[name] = keys.setdefault(id(value), f"outer.{name}")
-            tensors.setdefault(names[name], value)
+    for name, value in state.items():
+        names[name] = keys.setdefault(id(value), f"outer.{name}")
+        tensors.setdefault(names[name], value)
     return names
 
 
@@ -255,7 +267,7 @@ def _put_into(model: nn.Module, scope: str, net: fx.GraphModule, outer: Mapping[
         whole.set_submodule(scope, net)
     except (AttributeError, RuntimeError, ValueError) as error:
         raise StoreError(f"its graph belongs at {scope}, where the given model cannot take it: {error}.") from None
-    own = {name: value for name, value in whole.state_dict(keep_vars=True).items() if not name.startswith(f"{scope}.")}
+    own = _state_around(whole, scope)
     if set(own) != set(outer):
         odd = sorted(set(own) ^ set(outer))
         raise StoreError(
