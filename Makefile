@@ -1,4 +1,4 @@
-# From a fresh clone: `make demo` or `make test`. Needs Python 3.10 or newer (3.11 is the tested one), make and a compiler.
+# From a fresh clone: `make demo` or `make test`. Needs Python 3.11 or newer, make and a compiler.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -14,13 +14,14 @@ help:  ## list these targets
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3 found; install one or say make PYTHON=/path/to/it"; exit 2; }
+	@echo "installing into $(VENV), which downloads PyTorch: a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 setup: $(STAMP)  ## make .venv and install everything into it
 
-demo: $(STAMP)  ## cut, fine-tune, calibrate and judge the pretrained codec (about 3 minutes)
+demo: $(STAMP)  ## cut, fine-tune, calibrate and judge the pretrained codec (about a minute)
 	$(BIN)/dslify demo
 
 lint: $(STAMP)  ## ruff and mypy

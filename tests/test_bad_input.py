@@ -186,6 +186,8 @@ CASES = {
     "share over 1": ("calibrate model.dsl --data good --light-share 1.2", ["light-share", "got 1.2."]),
     "too few to calibrate": ("calibrate model.dsl --data few.npy --light-share 0.5", ["20", "3"]),
     "unknown rows": ("evaluate model.dsl --data good --by colour", ["label", "'colour'"]),
+    "demo over other files": ("demo --output good", ["good", "--output"]),
+    "demo over a file": ("demo --output model.pt", ["model.pt", "--output"]),
     "unknown command": ("insrt model.pt", ["insrt", "insert", "--help"]),
     "unknown option": ("insert model.pt --att encoder", ["--att", "--help"]),
     "no --at": ("insert model.pt", ["--at", "dslify insert --help"]),

@@ -216,6 +216,39 @@ def test_what_is_said_after_each_command(model: Path, sounds: dict[str, Path], m
     assert "quiet/1.flac" in by_source
 
 
+def test_segments_of_another_length(model: Path, sounds: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    done("insert", "model.pt", "--at", "encoder.block2", "--input", f"1x1x{LENGTH}")
+    for part, expected in ((1, 48), (2, 96)):
+        judged = document("evaluate", "model.dsl", "--data", sounds["test"], "--segment", LENGTH / RATE / part)
+        assert judged["n"] == expected
+
+
+def test_explain_names_every_tensor_of_the_light_path(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    said = done("insert", "model.pt", "--at", "encoder.block3", "--explain").stdout
+    assert "encoder.block4.0.weight: 64x48x4 -> " in said
+    light = dslify.dsl_layers(dslify.load("model.dsl"))[0].light
+    assert [
+        name for name in dict(light.named_parameters()) if name.startswith("encoder") and f"{name}: " not in said
+    ] == []
+
+
+def test_scope_is_kept_by_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes.soundstream.model import CUT, pretrained
+
+    monkeypatch.chdir(tmp_path)
+    numpy.save("sound.npy", numpy.random.default_rng(0).standard_normal((24, 1, RATE)).astype(numpy.float32))
+    done("insert", "recipes.soundstream.model:pretrained", "--at", CUT, "--scope", "encoder", "-o", "codec.dsl")
+    done("finetune", "codec.dsl", "--data", "sound.npy", "--steps", 2, "--switch-steps", 2)
+    done("calibrate", "codec.dsl", "--data", "sound.npy", "--light-share", 0.5)
+    codec = pretrained()
+    whole = dslify.load("codec.dsl", into=codec)
+    example = codec.example_input_array + 0.1
+    with torch.no_grad(), dslify.route(whole, "full"):
+        assert torch.equal(whole(example), codec(example))
+
+
 def test_every_second_run_has_its_own_folder(
     model: Path, sounds: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

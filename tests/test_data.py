@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dslify.samples
 from dslify.data import open_data
-from dslify.samples import QUIETEST_DB, expected_shape, split
 from dslify.errors import DataError
+from dslify.samples import QUIETEST_DB, expected_shape, split
 
 SHAPE = (1, 1600)  # 0.1 s at 16 kHz
 QUANTUM = 2.0**-15  # one step of a 16-bit file

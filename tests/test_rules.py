@@ -5,8 +5,6 @@ is the permutation test (the equation holds), the widths test (the rewritten arg
 axes (the rule does not hide behind freezing everything).
 """
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings

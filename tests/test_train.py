@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from dslify.data import open_data
-from dslify.samples import split
 from dslify.errors import DataError, OptionError, TrainError
 from dslify.insert import insert
 from dslify.losses import difference
+from dslify.samples import split
 from dslify.switch import DSLayer, Layout, Mask, Switch, dsl_layers, route
 from dslify.train import finetune
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..functional import symbolic
 from .terms import Axis, Reason, unify
@@ -67,7 +67,9 @@ class Binding:
         return Axis(1, 1, Reason("", "it has size 1"))
 
     def parameter(self, value: Tensor) -> Terms:
-        return tuple(self.one() if size == 1 else Axis(int(size), int(size), touched=True) for size in value.shape)
+        """Axes of a tensor the network holds: those of parameters shrink, those of buffers follow what they meet."""
+        touched = isinstance(value, nn.Parameter)
+        return tuple(self.one() if size == 1 else Axis(int(size), int(size), touched=touched) for size in value.shape)
 
     # -- statements --------------------------------------------------------------------------------------------------
     def unify(self, node: fx.Node, a: Axis, b: Axis) -> None:

@@ -233,6 +233,7 @@ def index(b: Binding, node: fx.Node) -> Any:
     ):
         return b.unknown(node, "an index over several separate axes, or by a mask")
     b.freeze(node, [x[dim] for dim in at], "it is indexed")
+    b.freeze(node, [axis for entry in chosen if entry is not None for axis in b[entry]], "it holds an index")
     rank = len(shape(node)) - (len(x) - len(at))
     fixed = [b.fixed(size, node, "an index") for size in shape(node)[at[0] : at[0] + rank]]
     return (*x[: at[0]], *fixed, *x[at[-1] + 1 :])
