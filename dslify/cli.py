@@ -83,7 +83,7 @@ def inspect(
             "cut_points": [asdict(point) for point in points],
         }
         head = f"{model}: {type(network).__name__}, {report.human(out.document['parameters'])} parameters"
-        out.show(head, assumed, report.cut_tree(points, levels))
+        out.show(head, assumed, report.cut_table(points, levels))
         start = _good_start(points)
         if start:
             words = ["insert", model, "--at", start, "--width", "0.1"]

@@ -51,7 +51,7 @@ def open_data(
     labels, sources: for data given from Python or in an array file, one a sample.
     progress: a bar on stderr; None shows it when stderr is a terminal.
 
-    Files that cannot be used are skipped and listed in `.report.skipped`, and so are samples with NaN or infinities.
+    Files of sound that cannot be used (broken, NaN in them) are skipped and listed in `.report.skipped`.
     Raises DataError when nothing usable is left, and for anything that is none of the above.
     """
     if isinstance(source, Samples):

@@ -42,7 +42,7 @@ class CostRow(Protocol):
 
 
 class Point(Protocol):
-    """What the tree of cut points needs, see dslify.cut.CutPoint."""
+    """What the table of cut points needs, see dslify.cut.CutPoint."""
 
     @property
     def path(self) -> str: ...
@@ -148,34 +148,23 @@ def surgery(rows: Iterable[CostRow], plan: Plan | None = None) -> RenderableType
     return Group(*map(_line, lines), table)
 
 
-def cut_tree(points: Iterable[Point], depth: int | None = None) -> RenderableType:
-    """Every module as a place to cut, indented: what is computed before and behind it, or why it cannot be cut.
+def cut_table(points: Iterable[Point], depth: int | None = None) -> RenderableType:
+    """Every module as a place to cut: what is computed before and behind it, or why it cannot be cut.
 
     depth: leave out modules nested deeper than this many names.
     """
-    table = _table("module", "shape\nbehind it", "MACs\nbefore", "MACs\nbehind", "share\nbehind")
+    table = _table("--at", "shape\nbehind it", "MACs\nbefore", "MACs\nbehind", "share\nbehind")
     table.columns[1].justify, table.columns[1].no_wrap = "left", False
-    listed: list[str] = []
-    example = ""
     for point in points:
         if depth is not None and point.path.count(".") >= depth:
             continue
-        above = [path for path in listed if point.path.startswith(f"{path}.")]
-        name = point.path.removeprefix(f"{max(above, key=len)}.") if above else point.path
-        listed.append(point.path)
-        label = Text("  " * len(above) + name)
         if point.reason:
-            label.stylize("dim")
-            table.add_row(label, Text(point.reason, style="dim"), "", "", "")
+            table.add_row(Text(point.path, style="dim"), Text(point.reason, style="dim"), "", "", "")
             continue
         whole = point.base_macs + point.region_macs
         share = percent(point.region_macs / whole if whole else None)
-        table.add_row(label, _shape(point.shape), human(point.base_macs), human(point.region_macs), share)
-        example = example or ("" if name == point.path else point.path)
-    hint = f"Names join with dots: --at {example}. " if example else ""
-    return Group(
-        table, _line(f"{hint}Only what lies behind a cut can be saved; what lies before it runs for every input.")
-    )
+        table.add_row(point.path, _shape(point.shape), human(point.base_macs), human(point.region_macs), share)
+    return Group(table, _line("Only what lies behind a cut can be saved; what lies before it runs for every input."))
 
 
 def training(history: History) -> RenderableType:

@@ -159,7 +159,7 @@ class RunFolder:
         """
         folder = cls(path)
         if (path / "config.json").exists():
-            raise TrainError(f"{path} holds a run already; resume it with resume=True, or name another run folder.")
+            raise TrainError(f"{path} holds a run already; resume that one, or name another run folder.")
         if foreign := folder._foreign():
             raise TrainError(f"{path} holds other files ({foreign}) and no run; name a new or an empty run folder.")
         folder._made = not path.exists()

@@ -164,8 +164,7 @@ class Collector:
 
     def add(self, value: Tensor, label: Any, source: Any, name: str) -> None:
         if value.is_floating_point() and not torch.isfinite(value).all():
-            self.skipped.append((name, "holds NaN or infinite values"))
-            return
+            raise DataError(f"{name} holds NaN or infinite values; mend that sample or leave it out.")
         kind = (tuple(value.shape), value.dtype)
         if self.kind is None:
             self.kind = kind

@@ -213,18 +213,12 @@ def test_array_files_of_every_kind(tmp_path):
     assert samples.names[2] == "x.npz[2]"
 
 
-def test_rows_with_nan_are_skipped(tmp_path):
-    values = torch.randn(4, 3)
-    values[1, 2] = float("inf")
+def test_nan_in_an_array_is_refused_by_the_name_of_its_sample(tmp_path):
+    values = torch.randn(4, 2)
+    values[1, 0] = float("nan")
     torch.save(values, tmp_path / "x.pt")
-    samples = open_data(tmp_path / "x.pt")
-    assert len(samples) == 3
-    assert samples.report.skipped == (("x.pt[1]", "holds NaN or infinite values"),)
-    said = message(torch.full((4, 2), float("nan")))
-    assert (
-        said
-        == "a tensor holds nothing usable: all 4 were skipped, the first is sample[0] (holds NaN or infinite values)."
-    )
+    assert message(tmp_path / "x.pt") == "x.pt[1] holds NaN or infinite values; mend that sample or leave it out."
+    assert message(torch.full((4, 2), float("inf"))).startswith("sample[0] holds NaN or infinite values")
 
 
 class Hostile:
