@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .functional import op_name, symbolic, tensor_at
-from .rules import RULES, Axis, Binding, Reason, kept_size, leaves
+from .rules import RULES, Axis, Binding, Reason, kept_size
 
 Kept = Mapping[Axis, int]
 PAYS = 0.01  # share of the region's MACs that projections have to save
@@ -276,8 +276,6 @@ def _projectable(axes: AxisMap, at: int) -> bool:
     boundary = axes.boundaries[at]
     if boundary.channel_axis is None or not boundary.node.meta["val"].dtype.is_floating_point:
         return False
-    atoms = leaves(boundary.axes[boundary.channel_axis])
     everything = frozenset(range(len(axes.boundaries)))
-    return isinstance(symbolic(boundary.channels.size), int) and any(
-        axes.shrinks(a, everything) for t in atoms for a in t.atoms()
-    )
+    fixed = isinstance(symbolic(boundary.channels.size), int)
+    return fixed and any(axes.shrinks(atom, everything) for atom in boundary.channels.atoms())

@@ -69,12 +69,13 @@ def inspect(
         if Path(model).suffix == ".dsl":
             show_layer(out, Path(model), _load(Path(model)))
             return
-        from .cut import cut_points
-        from .load import example_inputs_for, load_model
+        with out.working(f"looking for cut points in {model}"):
+            from .cut import cut_points
+            from .load import example_inputs_for, load_model
 
-        network = load_model(model, trust=trust or (), code=code or (), arch=arch)
-        example, assumed = example_inputs_for(network, input)
-        points = cut_points(network, example, scope=scope)
+            network = load_model(model, trust=trust or (), code=code or (), arch=arch)
+            example, assumed = example_inputs_for(network, input)
+            points = cut_points(network, example, scope=scope)
         out.document = {
             "model": model,
             "class": type(network).__name__,
@@ -124,24 +125,17 @@ def insert(
         target = output or beside(model)
         if target.exists() and not force:
             raise StoreError(f"{target} exists already; give another name with -o, or --force to overwrite it.")
-        from . import insert as surgery
-        from . import save
-        from .load import example_inputs_for, load_model
+        with out.working(f"cutting {model}, deriving the light path and checking it"):
+            from . import insert as surgery
+            from . import save
+            from .load import example_inputs_for, load_model
 
-        network = load_model(model, trust=trust or (), code=code or (), arch=arch)
-        example, assumed = example_inputs_for(network, input)
-        net = surgery(
-            network,
-            at,
-            share,
-            example,
-            scope=scope,
-            to=to,
-            mask=mask,
-            projection=projection,
-            cost=costs,
-            seed=first,
-        )
+            network = load_model(model, trust=trust or (), code=code or (), arch=arch)
+            example, assumed = example_inputs_for(network, input)
+            places: dict[str, Any] = {"scope": scope, "to": to}
+            net = surgery(
+                network, at, share, example, mask=mask, projection=projection, cost=costs, seed=first, **places
+            )
         written = save(net, target, force=force)
         out.show(f"{model}: {type(network).__name__}, {assumed}")
         show_layer(out, written, net, explain)

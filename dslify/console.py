@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,14 @@ class Output:
                 print(part, flush=True)
             else:
                 console.print(part)
+
+    def working(self, words: str) -> AbstractContextManager[Any]:
+        """A sign of life on stderr while the block runs, if that is a terminal."""
+        if self.as_json or self.quiet or not sys.stderr.isatty():
+            return nullcontext()
+        from rich.console import Console
+
+        return Console(stderr=True).status(words)
 
     def next(self, *words: str) -> None:
         """The command to run next."""

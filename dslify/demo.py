@@ -101,7 +101,8 @@ def _run(folder: Path, out: Output, started: float) -> Demo:
         "   what follows gets a light path that inherits the strongest channels, and a switch that chooses.",
         "",
     )
-    net = insert(codec, cut, WIDTH, (codec.example_input_array,), scope="encoder", seed=SEED)
+    with out.working("cutting the codec and deriving its light path"):
+        net = insert(codec, cut, WIDTH, (codec.example_input_array,), scope="encoder", seed=SEED)
     (layer,) = dsl_layers(net)
     costs = cost(net)
     out.show(report.surgery(costs, layer.plan), "")

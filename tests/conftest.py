@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the workers share two cores
 
@@ -10,8 +9,6 @@ import dslify
 from tests.zoo import ZOO
 
 torch.set_num_threads(1)
-
-SHARED = Path(os.environ.get("DSLIFY_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 class Inserted:
@@ -36,10 +33,3 @@ _built: dict[str, Inserted] = {}
 @pytest.fixture(params=list(ZOO))
 def inserted(request: pytest.FixtureRequest) -> Inserted:
     return _built.setdefault(request.param, Inserted(request.param))
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip("the shared recordings are not on this machine")
-    return SHARED

@@ -1,0 +1,23 @@
+"""The examples run as they are, and stay short."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LONGEST = 60  # lines
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example(example: Path, tmp_path: Path):
+    assert len(example.read_text().splitlines()) <= LONGEST
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    ran = subprocess.run([sys.executable, example], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "the same answers: True" in ran.stdout
+    assert "the network as it was: True" in ran.stdout
+    assert not list(tmp_path.iterdir())
