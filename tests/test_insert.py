@@ -244,3 +244,38 @@ def test_mask_and_element_mask():
         net(network.batch(1))
     assert (layer.paths.masked[:, :64] == 0).all()
     assert (layer.paths.masked[:, 64:] != 0).any()
+
+
+class Windows(nn.Module):
+    """Cut where four windows of a sample stand in the batch axis, sample by sample or window by window."""
+
+    def __init__(self, by_sample):
+        super().__init__()
+        self.by_sample = by_sample
+        self.stem, self.inside, self.back = nn.Conv1d(2, 8, 1), nn.Conv1d(8, 16, 3, padding=1), nn.Conv1d(16, 4, 1)
+
+    def forward(self, x):
+        batch, channels, time = (y := self.stem(x)).shape
+        y = y.view(batch, channels, 4, time // 4).permute(*((0, 2, 1, 3) if self.by_sample else (2, 0, 1, 3)))
+        y = self.back(self.inside(y.reshape(batch * 4, channels, time // 4)).relu())
+        y = y.view(*((batch, 4) if self.by_sample else (4, batch)), 4, time // 4)
+        return y if self.by_sample else y.transpose(0, 1)
+
+
+@pytest.mark.parametrize("by_sample", [True, False])
+def test_samples_that_share_the_batch_axis_with_windows(by_sample):
+    torch.manual_seed(0)
+    model = Windows(by_sample).eval()
+    net = dslify.insert(model, "inside", 0.5, (torch.randn(1, 2, 32),))
+    layer = dslify.dsl_layers(net)[0]
+    assert layer.inputs[0].per_sample == 4
+    assert layer.routable == by_sample
+    x = torch.randn(4, 2, 32) * torch.tensor([0.1, 1, 2, 4]).view(4, 1, 1)
+    run(net, x)
+    assert layer.paths.score.shape == (4,) or not by_sample
+    if not by_sample:
+        return
+    layer.threshold.copy_(layer.paths.score.sort().values[1:3].mean())
+    together = run(net, x)
+    assert layer.paths.light_taken.sum() == 2
+    assert difference(together, torch.cat([run(net, sample) for sample in x.split(1)])) < BATCHED
