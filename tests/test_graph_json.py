@@ -297,6 +297,7 @@ def test_operators_and_trees_that_are_needed_pass():
     for value in [((1, [2]), {"a": {"b": 3}}), ({"x": None},)]:
         spec = pytree.tree_structure(value)
         assert tree_spec(pytree.treespec_dumps(spec)) == spec
-    outputs = pytest.importorskip("transformers.modeling_outputs")
-    spec = pytree.tree_structure(outputs.BaseModelOutput(last_hidden_state=torch.ones(1)))
+    from transformers.modeling_outputs import BaseModelOutput
+
+    spec = pytree.tree_structure(BaseModelOutput(last_hidden_state=torch.ones(1)))
     assert tree_spec(pytree.treespec_dumps(spec)) == spec

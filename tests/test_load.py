@@ -23,6 +23,7 @@ import timm
 import torch
 import torchaudio
 import torchvision
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
@@ -30,8 +31,6 @@ from torch.fx.graph_module import reduce_graph_module
 from dslify.capture import capture
 from dslify.errors import LoadError, OptionError, UntrustedError
 from dslify.load import example_inputs_for, load_model
-
-transformers = pytest.importorskip("transformers")
 
 STRANGER = """
 import pathlib
