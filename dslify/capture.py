@@ -22,7 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from .errors import CaptureError, one_line
-from .functional import copied, drop_assertions, functionalise, size_words
+from .functional import copied, drop_assertions, functionalise, graphs_in, size_words
 from .guards import Guards as Guards
 from .guards import add_guards
 
@@ -210,7 +210,9 @@ def _export(
             logger.setLevel(level)
     graph = lifted.graph
     add_guards(graph, exported, args, kwargs)
-    drop_assertions(graph)
+    for inner in graphs_in(lifted):
+        drop_assertions(inner.graph)
+        inner.recompile()
     functionalise(graph)
     graph.eliminate_dead_code()
     own = fx.GraphModule(lifted, graph, class_name=type(module).__name__)

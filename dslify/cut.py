@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .capture import Graph, capture, scope_inputs
 from .errors import CutError
-from .functional import parameters_read, size_words, writes_in_place
+from .functional import memory_of, parameters_read, size_words, writes_in_place
 from .macs import node_macs
 
 
@@ -96,12 +96,14 @@ def partition(graph: fx.Graph, cut: fx.Node, to: fx.Node | None = None) -> Parti
     """Divide the nodes. Raises CutError when nothing is behind the cut, or `to` does not depend on it."""
     nodes = list(graph.nodes)
     base = _ancestors(cut) | {cut} | {node for node in nodes if node.op in ("placeholder", "get_attr", "call_module")}
+    writers = [node for node in nodes if writes_in_place(node)]
     behind = {cut}
     for node in nodes:
         if any(used in behind for used in node.all_input_nodes):
             behind.add(node)
-    output = nodes[-1]
-    wanted = (_ancestors(to) | {to}) if to is not None else _ancestors(output)
+    _add_writers(base, [node for node in writers if node not in behind])
+    wanted = (_ancestors(to) | {to}) if to is not None else _ancestors(nodes[-1])
+    _add_writers(wanted, writers)
     if (to is not None and to not in behind) or to is cut:
         raise CutError(f"--to {to}: it does not come after the cut {cut}.")
     # sizes of base values are computed in the base: the whole value would have to cross for them otherwise
@@ -126,7 +128,7 @@ def partition(graph: fx.Graph, cut: fx.Node, to: fx.Node | None = None) -> Parti
             f"The cut {cut} is the network's last value: nothing comes after it that a light path could replace."
         )
     for node in region:
-        if writes_in_place(node):
+        if writes_in_place(node) and memory_of(node) not in inside:
             raise CutError(
                 f"Behind the cut, {node} writes into a value in place through a view; "
                 "cut before the module that does so."
@@ -186,6 +188,15 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
             found.add(above)
             waiting.extend(above.all_input_nodes)
     return found
+
+
+def _add_writers(nodes: set[fx.Node], writers: list[fx.Node]) -> None:
+    """Add what writes in place into the memory of these nodes, with all that it needs: nothing else reads its value."""
+    missing = writers
+    while missing:
+        missing = [node for node in writers if node not in nodes and memory_of(node) in nodes]
+        for node in missing:
+            nodes |= {node, *_ancestors(node)}
 
 
 def _is_tensor(node: fx.Node) -> bool:

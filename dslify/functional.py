@@ -71,6 +71,11 @@ def size_words(value: torch.Tensor) -> tuple[Any, ...]:
     return tuple(size if isinstance(size, int) else "*" for size in map(symbolic, value.shape))
 
 
+def graphs_in(module: nn.Module) -> list[fx.GraphModule]:
+    """A captured module and the graphs inside it, such as autocast regions."""
+    return [child for child in module.modules() if isinstance(child, fx.GraphModule)]
+
+
 def drop_assertions(graph: fx.Graph) -> None:
     """Remove run-time assertions: the guards at the inputs cover shapes, and a narrow copy has other ones inside."""
     for node in reversed(graph.nodes):
@@ -127,7 +132,8 @@ def aliases(node: fx.Node) -> fx.Node | None:
     return node.args[0] if shares and node.args and isinstance(node.args[0], fx.Node) else None
 
 
-def _root(node: fx.Node) -> fx.Node:
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node that made the memory which `node`'s value may be a view of."""
     while (below := aliases(node)) is not None:
         node = below
     return node
@@ -135,7 +141,7 @@ def _root(node: fx.Node) -> fx.Node:
 
 def _seen_through_alias(written: Any, writer: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether somebody after `writer` reads the written memory under another name than `written`."""
-    root = _root(written)
+    root = memory_of(written)
     if root.op in ("placeholder", "get_attr"):
         return True
     names = {root}

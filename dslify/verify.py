@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 
 from .axes import AxisMap
 from .errors import VerifyError
-from .functional import tensor_at
+from .functional import graphs_in, tensor_at
 from .rules import Axis, indices
 
 PERMUTED = 1e-6  # relative, float64: a right algebra leaves 1e-12 or so, a wrong one shows 1e-2 and more
@@ -69,12 +69,14 @@ def _as(old: Tensor, new: Tensor) -> Tensor:
 
 def _in_float64(region: fx.GraphModule, generator: torch.Generator) -> fx.GraphModule:
     double = copy.deepcopy(region).double().requires_grad_(False)
-    for node in double.graph.nodes:  # casts to single precision inside the network would hide small errors
+    # casts to single precision inside the network would hide small errors
+    for node in [node for inner in graphs_in(double) for node in inner.graph.nodes]:
         node.args, node.kwargs = (
             map_aggregate(part, lambda a: torch.float64 if a == torch.float32 else a)
             for part in (node.args, node.kwargs)
         )
-    double.recompile()
+    for inner in graphs_in(double):
+        inner.recompile()
     for tensor in (*double.parameters(), *double.buffers()):
         if not tensor.is_floating_point() or not tensor.numel():
             continue

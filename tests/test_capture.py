@@ -132,3 +132,32 @@ def test_cut_points_have_costs_shapes_and_reasons():
     assert points["2"].base_params == 8 * 4 + 8 + 8 * 4 + 4
     assert points["4"].reason == "nothing comes after it"
     assert list(points) == ["0", "1", "2", "3", "4"]
+
+
+class SliceWrite(nn.Module):
+    """Writes into slices before and behind the cut: nothing reads the value of the writing node itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv1d(2, 8, 3), nn.Conv1d(8, 16, 1), nn.Conv1d(16, 4, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        y[:, :2] = y[:, :2] * 3
+        z = self.b(F.relu(y))
+        z[:, 4:] = z[:, 4:] * 0.5
+        return self.c(z)
+
+
+def test_writes_into_slices_stay_with_the_memory_they_write():
+    model = SliceWrite().eval()
+    x = torch.randn(3, 2, 30)
+    net = dslify.insert(model, "relu", 0.5, (x[:1],))
+    with torch.no_grad():
+        with dslify.route(net, "full"):
+            assert torch.equal(net(x), model(x))
+        with dslify.route(net, "light"):
+            assert net(x).shape == model(x).shape
+    assert list(dslify.dsl_layers(net)[0].plan.ledger) == ["aten.copy_.default"]
+    with pytest.raises(CutError, match="writes into a value in place"):
+        dslify.insert(model, "b", 0.5, (x[:1],))
