@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from .console import Output
 from .cost import Cost, cost
 from .data import open_data
 from .errors import LoadError, OptionError
+from .files import written_whole
 from .insert import insert
 from .measure import Evaluation, evaluate
 from .runs import History
@@ -143,7 +143,8 @@ def _run(folder: Path, out: Output, started: float) -> Demo:
     _listen(net, test, folder)
     save(net, folder / "codec.dsl", force=True)
     found = Demo(costs, history, calibration, evaluation, tuple(FILES), time.perf_counter() - started)
-    _write(folder / "report.json", json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+    with written_whole(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
     out.show(_bold(f"5. Written to {folder}/ ({found.seconds:.0f} s in all):"))
     out.show(*(f"   {name:<22}{about}" for name, about in FILES.items()), "")
     out.next("evaluate", str(folder / "codec.dsl"), "--data", _shown(sound / "test"), "--by", "source")
@@ -205,12 +206,5 @@ def _listen(net: nn.Module, test: Samples, folder: Path) -> None:
             sounds[mode] = net(sounds["original"])
     for name, sound in sounds.items():
         path = folder / f"speech_{name}.flac"
-        temporary = path.with_name(f".{path.name}.tmp")
-        soundfile.write(temporary, sound.flatten().clamp(-1, 1).numpy(), RATE, format="FLAC", subtype="PCM_16")
-        os.replace(temporary, path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            soundfile.write(temporary, sound.flatten().clamp(-1, 1).numpy(), RATE, format="FLAC", subtype="PCM_16")

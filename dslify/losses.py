@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import OptionError, TrainError
-from .switch import Layout, dsl_layers
+from .errors import TrainError
+from .switch import Layout, required_layers
 
 SMALLEST_SCALE = 1e-8  # an output that is zero everywhere must not divide by zero
 SCORE_FLOOR = 1e-3  # of a relative difference, before its logarithm: 0.1 % counts as none
@@ -128,9 +128,7 @@ def dsl_loss(net: nn.Module, alpha: float = 1.0, beta: float = 1e-4, anchor: flo
     Raises OptionError for a network without a Dynamic Switch Layer, TrainError when the last forward did not run both
     paths (eval mode, or no forward yet).
     """
-    layers = dsl_layers(net)
-    if not layers:
-        raise OptionError("This network holds no Dynamic Switch Layer; put one in with dslify.insert(net, at=...).")
+    layers = required_layers(net)
     parts = []
     for layer in layers:
         paths = layer.paths

@@ -15,7 +15,7 @@ from .capture import evaluating
 from .errors import DataError, OptionError, VerifyError
 from .losses import comparable, difference, sample_scale
 from .samples import Samples, show_progress
-from .switch import DSLayer, Paths, Route, dsl_layers, route
+from .switch import DSLayer, Paths, Route, required_layers, route
 
 Metric = Callable[[Any, Any], Any]
 
@@ -168,11 +168,9 @@ def _paths(layer: DSLayer) -> Paths:
 
 def only_layer(net: nn.Module) -> DSLayer:
     """The one DSLayer of a network. Raises OptionError for none or several."""
-    layers = dsl_layers(net)
+    layers = required_layers(net)
     if len(layers) == 1:
         return layers[0]
-    if not layers:
-        raise OptionError("This network holds no Dynamic Switch Layer; put one in with dslify.insert(net, at=...).")
     raise OptionError(f"This network holds {len(layers)} Dynamic Switch Layers; only one can be measured at a time.")
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from .errors import OptionError, TrainError
+from .files import written_whole
 
 KEPT = 3
 FINAL = "final.pt"
@@ -126,14 +127,10 @@ class History:
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` with a temporary name in the same folder, then rename it to `path`. Raises TrainError."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            write(temporary)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
         raise TrainError(
             f"{path} cannot be written ({reason}); earlier checkpoints are whole: make room or make it writable, "

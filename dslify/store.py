@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from . import __version__
 from .errors import StoreError, one_line
+from .files import written_whole
 from .functional import copied
 from .graph_json import decode, encode
 from .guards import Guards
@@ -326,19 +327,15 @@ def _made(name: str, stored: dict[str, Tensor], entry: Mapping[str, Any]) -> Ten
 
 
 def _write(path: Path, members: Mapping[str, bytes]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, data in members.items():
-                    archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with (
+            written_whole(path, f".{os.getpid()}") as temporary,
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        ):
+            for name, data in members.items():
+                archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror or error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -254,6 +254,14 @@ def dsl_layers(net: nn.Module) -> tuple[DSLayer, ...]:
     return tuple(module for module in net.modules() if isinstance(module, DSLayer))
 
 
+def required_layers(net: nn.Module) -> tuple[DSLayer, ...]:
+    """dsl_layers(net). Raises OptionError when there is none."""
+    layers = dsl_layers(net)
+    if not layers:
+        raise OptionError("This network holds no Dynamic Switch Layer; put one in with dslify.insert(net, at=...).")
+    return layers
+
+
 @contextmanager
 def route(net: nn.Module, mode: Route) -> Iterator[nn.Module]:
     """Send everything down one path within the block: "full", "light", "mixed" (per sample) or "both" (returns full).
@@ -262,9 +270,7 @@ def route(net: nn.Module, mode: Route) -> Iterator[nn.Module]:
     """
     if mode not in ROUTES:
         raise OptionError(f"route is one of {', '.join(ROUTES)}; got {mode!r}.")
-    layers = dsl_layers(net)
-    if not layers:
-        raise OptionError("This network holds no Dynamic Switch Layer; put one in with dslify.insert(net, at=...).")
+    layers = required_layers(net)
     before = [layer.route for layer in layers]
     for layer in layers:
         layer.route = mode

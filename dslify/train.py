@@ -40,7 +40,7 @@ from .schedule import (
     reproducible,
     trained_state,
 )
-from .switch import DSLayer, dsl_layers, route
+from .switch import DSLayer, required_layers, route
 
 LIGHT_SHARE = 0.75  # of the training data, when the switch gets no data of its own
 SWITCH_BATCH = 64  # at least: a step on cached features costs next to nothing
@@ -92,9 +92,7 @@ def finetune(
     options = Options(steps, switch_steps, batch_size, lr, alpha, beta, anchor, seed, cache_bytes)
     if checkpoint_every < 1 or (threads is not None and threads < 1):
         raise OptionError(f"checkpoint_every and threads are at least 1; got {checkpoint_every} and {threads}.")
-    layers = dsl_layers(net)
-    if not layers:
-        raise OptionError("This network holds no Dynamic Switch Layer; put one in with dslify.insert(net, at=...).")
+    layers = required_layers(net)
     where = None if run_dir is None else Path(run_dir)
     if resume:
         RunFolder.find(where)  # before any data is read

@@ -10,7 +10,7 @@ import dslify
 PACKAGE = Path(dslify.__file__).parent
 # each room imports only rooms above it
 ORDER = [
-    "errors", "functional", "guards", "capture", "macs", "cut", "rules", "axes", "light", "plan", "verify",
+    "errors", "files", "functional", "guards", "capture", "macs", "cut", "rules", "axes", "light", "plan", "verify",
     "switch", "graft", "graph_json", "example_inputs", "vouched", "pickle_symbols", "pickles", "archives", "load",
     "insert", "store", "losses", "audio", "samples", "data", "runs", "schedule", "gather", "train", "cost",
     "observe", "calibrate", "resampling", "measure", "report", "options", "console", "demo", "cli",
