@@ -10,8 +10,9 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 
-from .functional import op_name, symbolic, tensor_at
+from .functional import graphs_in, op_name, symbolic, tensor_at
 from .rules import RULES, Axis, Binding, Reason, kept_size
 
 Kept = Mapping[Axis, int]
@@ -111,9 +112,13 @@ def sizes(kept: Kept) -> Callable[[Axis], int]:
     return lambda axis: kept_size(axis, lambda atom: kept.get(atom, atom.hint))
 
 
-def analyse(region: fx.GraphModule) -> AxisMap:
-    """Run every row over the region's nodes, once, in order."""
+def analyse(region: fx.GraphModule, distrusted: Mapping[str, str] | None = None) -> AxisMap:
+    """Run every row over the region's nodes, once, in order.
+
+    distrusted: node name -> why its row is not believed; such a node freezes what it touches, as one without a row.
+    """
     hint = _hints(region)
+    distrusted = distrusted or {}
     b = Binding(hint)
     parameters: dict[str, tuple[Axis, ...]] = {}
     tied: dict[int, tuple[Axis, ...]] = {}
@@ -139,7 +144,7 @@ def analyse(region: fx.GraphModule) -> AxisMap:
                 out for out in node.args[0] if isinstance(out, fx.Node) and isinstance(out.meta.get("val"), Tensor)
             ]
         else:
-            b.terms[node] = _bind(b, node)
+            b.terms[node] = _bind(b, region, node, distrusted)
     ties: dict[Axis, set[tuple[int, int]]] = {}
     strength = _touch_strength(region, parameters)
     boundaries = []
@@ -152,22 +157,53 @@ def analyse(region: fx.GraphModule) -> AxisMap:
     return AxisMap(region, b, parameters, tuple(boundaries), frozen_ties, _batch(inputs))
 
 
-def _bind(b: Binding, node: fx.Node) -> Any:
+def _bind(b: Binding, region: fx.GraphModule, node: fx.Node, distrusted: Mapping[str, str]) -> Any:
     value = node.meta.get("val")
     if not isinstance(value, (Tensor, tuple, list)):
         return ()  # integers made of sizes
     name = op_name(node)
+    if node.name in distrusted:
+        b.ledger.setdefault(name or str(node.target), []).append(node.name)
+        return b.unknown(node, distrusted[node.name])
     if name in RULES:
         return RULES[name](b, node)
     if getattr(node.target, "__name__", "") == "getitem" and node.op == "call_function":
         return b.terms[node.args[0]][node.args[1]]  # type: ignore[index]
+    if (body := body_of(region, node)) is not None:
+        return _enter(b, body, node, distrusted)
     b.ledger.setdefault(name or str(node.target), []).append(node.name)
     return b.unknown(node)
 
 
+def body_of(region: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """The graph that a higher-order operator runs on the arguments behind it (autocast and no-grad regions)."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return None
+    graphs = [used for used in node.args if isinstance(used, fx.Node) and used.op == "get_attr"]
+    modules = [tensor_at(region, str(used.target)) for used in graphs]
+    return next((module for module in modules if isinstance(module, fx.GraphModule)), None)
+
+
+def _enter(b: Binding, body: fx.GraphModule, call: fx.Node, distrusted: Mapping[str, str]) -> Any:
+    """The rows of a higher-order operator's own graph."""
+    inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
+    for node, given in zip(inputs, call.args[len(call.args) - len(inputs) :], strict=True):
+        b.terms[node] = b.terms.get(given, ()) if isinstance(given, fx.Node) else ()
+    for node in body.graph.nodes:
+        if node.op == "output":
+            return tuple(b.terms.get(out, ()) for out in node.args[0])
+        if node.op == "get_attr":
+            value = tensor_at(body, node.target)
+            why = "a constant inside a region of its own"
+            b.terms[node] = tuple(b.fixed(n, node, why) for n in value.shape) if isinstance(value, Tensor) else ()
+        elif node.op != "placeholder":
+            b.terms[node] = _bind(b, body, node, distrusted)
+    return ()
+
+
 def _hints(region: fx.GraphModule) -> Callable[[Any], int]:
     values: dict[Any, int] = {}
-    for node in region.graph.nodes:
+    for node in (node for inner in graphs_in(region) for node in inner.graph.nodes):
         value = node.meta.get("val")
         for size in value.shape if isinstance(value, Tensor) else ():
             if isinstance(size, torch.SymInt) and size.node.expr not in values:

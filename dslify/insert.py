@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +9,15 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from .axes import AxisMap, analyse, choose, decide_projections
 from .capture import Graph, capture, evaluating, scope_inputs
 from .cut import find_cut, partition
+from .derive import derive
 from .errors import OptionError, VerifyError
 from .functional import copied, parameters_read, size_words
 from .graft import assemble, inline, make_layer, region_inputs, region_module
-from .light import build
 from .macs import node_macs, parameter_count
 from .plan import Plan, narrowed, projections
 from .switch import DSLayer, dsl_layers, route
-from .verify import PERMUTED, check_light, permutation_error
 
 MASKS = ("channel", "element")
 EXACT = 1e-6  # relative: full route against the given network
@@ -37,6 +34,7 @@ class Request:
     mask: str = "channel"
     projection: bool = True
     cost: float | None = None
+    depth: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,6 +45,11 @@ class Request:
         if self.cost is not None and not 0 < self.cost < 1:
             raise OptionError(
                 f"cost is the light path's share of the MACs behind the cut, between 0 and 1; got {self.cost}."
+            )
+        if not 0 < self.depth <= 1:
+            raise OptionError(
+                f"depth is the share of residual branches that the light path keeps, above 0 and at most 1; got "
+                f"{self.depth}."
             )
         if self.mask not in MASKS:
             raise OptionError(f"mask is one of {', '.join(MASKS)}; got {self.mask!r}.")
@@ -67,6 +70,7 @@ def insert(
     mask: str = "channel",
     projection: bool = True,
     cost: float | None = None,
+    depth: float = 1.0,
     seed: int = 0,
 ) -> nn.Module:
     """Cut `model` behind `at` and put a Dynamic Switch Layer there.
@@ -77,13 +81,14 @@ def insert(
     (tensors of shape (batch, ...)); found out when not given (dslify.example_inputs_for). scope: submodule whose
     forward is captured; the rest of the model need not be capturable. to: last module of the region (default:
     everything behind the cut). mask: "channel" or "element". projection: let a learned 1x1 projection narrow the trunk
-    where that saves MACs. seed: of the switch's first weights.
+    where that saves MACs. depth: share of the residual branches (by MACs) that the light path keeps, in (0, 1]. seed:
+    of the switch's first weights.
 
     Returns a new module in eval mode: the captured graph with a DSLayer as one node, or with `scope` a copy of the
     model that holds it. Its full route is the given network. Untrained, it takes the full path always (threshold 0).
     Raises CaptureError, CutError, OptionError, VerifyError.
     """
-    request = Request(at, width, scope, to, mask, projection, cost, seed)
+    request = Request(at, width, scope, to, mask, projection, cost, depth, seed)
     if example_inputs is None:
         from .load import example_inputs_for
 
@@ -104,32 +109,22 @@ def insert_into(captured: Graph, request: Request) -> fx.GraphModule:
     cut = find_cut(module.graph, request.at, module)
     parts = partition(module.graph, cut, find_cut(module.graph, request.to) if request.to else None)
     full = region_module(module, parts)
-    axes = analyse(full)
     inputs = region_inputs(module, parts, captured)
-    error = permutation_error(axes, inputs, request.seed)
-    if not error < PERMUTED:
-        raise VerifyError(
-            f"The light path behind {request.at} cannot be trusted: permuting its channels changes the answer by "
-            f"{error:.1e} of its size, so an operator there is not understood; choose another cut."
-        )
-    width = request.width if request.cost is None else _width_for(axes, request.cost, request.projection)
-    projected = decide_projections(axes, width) if request.projection else frozenset()
-    kept = choose(axes, width, projected) if width < 1 else {}
-    light = build(axes, kept, projected)
-    check_light(light, full, inputs)
-    layer = make_layer(module, parts, axes, light, full, inputs, request.mask, request.seed)
+    derived = derive(full, inputs, request.width, request.cost, request.depth, request.projection, request.seed)
+    axes, kept, projected = derived.axes, derived.kept, derived.projected
+    layer = make_layer(module, parts, axes, derived.light, full, inputs, request.mask, request.seed)
     macs, samples = node_macs(module, captured.args, captured.kwargs), captured.samples
     layer.plan = Plan(
         at=request.at,
         scope=request.scope,
-        width=width,
+        width=derived.width,
         dynamic=captured.dynamic,
         cut_shape=tuple(map(str, size_words(cut.meta["val"]))),
         crossing=tuple(node.name for node in parts.crossing),
         params={
             "base": parameters_read(module, parts.base),
-            "full": axes.params(),
-            "light": parameter_count(light),
+            "full": parameter_count(full),
+            "light": parameter_count(derived.light),
         },
         macs={
             "base": sum(macs.get(node, 0) for node in parts.base) // samples,
@@ -139,6 +134,9 @@ def insert_into(captured: Graph, request: Request) -> fx.GraphModule:
         projections=projections(axes, kept, projected),
         tensors=narrowed(axes, kept, projected),
         ledger=axes.ledger,
+        depth=request.depth,
+        dropped=derived.dropped,
+        distrusted=derived.distrusted,
         seed=request.seed,
     )
     net = assemble(module, parts, layer)
@@ -169,26 +167,6 @@ def remove(net: nn.Module) -> nn.Module:
                     inline(module, node)
             module.meta.pop("dslify", None)
     return plain
-
-
-def _width_for(axes: AxisMap, cost: float, projection: bool) -> float:
-    """The largest width whose light path has at most `cost` of the region's MACs, by bisection."""
-    whole = axes.macs()
-
-    def share(width: float) -> float:
-        projected = decide_projections(axes, width) if projection else frozenset()
-        return axes.macs(choose(axes, width, projected), projected) / max(1, whole)
-
-    low, high = 1e-3, 1.0
-    if share(low) > cost:
-        raise OptionError(
-            f"cost {cost} cannot be reached by narrowing: the narrowest light path has {share(low):.3f} of the MACs "
-            "behind the cut."
-        )
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if share(middle) <= cost else (low, middle)
-    return math.floor(low * 1e4) / 1e4
 
 
 def _check_full_route(net: fx.GraphModule, captured: Graph) -> None:

@@ -66,12 +66,35 @@ def build(axes: AxisMap, kept: Kept, projected: frozenset[int] = frozenset()) ->
         if node.op == "get_attr" and node.target in axes.parameters:
             _narrow(root, axes, node.target, chosen, tensors)
         elif node.op == "get_attr":
-            put_tensor(root, str(node.target), tensor_at(axes.region, str(node.target)))
-        copied = graph.node_copy(node, lambda n: env[n])
-        env[node] = _resized(graph, axes, node, copied, size, kept, env)
+            put_tensor(root, str(node.target), _body(axes, tensor_at(axes.region, str(node.target)), size, kept))
+        env[node] = _copied(graph, axes, node, size, kept, env)
     module = fx.GraphModule(root, graph, class_name="Light")
     module.eval()
     return module
+
+
+def _body(axes: AxisMap, held: Any, size: Any, kept: Kept) -> Any:
+    """The graph of a higher-order operator with its sizes written anew; anything else as it is."""
+    if not isinstance(held, fx.GraphModule):
+        return held
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in held.graph.nodes:
+        env[node] = _copied(graph, axes, node, size, kept, env)
+    root = nn.Module()
+    for node in held.graph.nodes:
+        if node.op == "get_attr":
+            put_tensor(root, str(node.target), _body(axes, tensor_at(held, str(node.target)), size, kept))
+    return fx.GraphModule(root, graph)
+
+
+def _copied(
+    graph: fx.Graph, axes: AxisMap, node: fx.Node, size: Any, kept: Kept, env: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """A node in the narrow copy; `meta["region_node"]` names the original."""
+    copied = graph.node_copy(node, lambda n: env[n])
+    copied.meta["region_node"] = node.name
+    return _resized(graph, axes, node, copied, size, kept, env)
 
 
 def _narrow(root: nn.Module, axes: AxisMap, target: str, chosen: dict[Axis, Tensor], tensors: dict[int, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .axes import AxisMap, Kept, sizes
@@ -37,7 +37,8 @@ class Plan:
 
     at, scope, width: as asked (at: inside the scope). dynamic: which axes may vary. crossing: values the region reads
     besides the cut. params, macs: of "base", "full" and "light" (MACs per sample at the example's size, by the rules).
-    ledger: operators without a rule, whose axes stayed at full width.
+    ledger: operators without a rule (or whose rule did not hold here: distrusted, node -> why), whose axes stayed at
+    full width. depth: share of the residual branches' MACs that the light path keeps; dropped: branches it does without.
     """
 
     at: str
@@ -51,6 +52,9 @@ class Plan:
     projections: tuple[Projection, ...]
     tensors: tuple[NarrowedTensor, ...]
     ledger: dict[str, list[str]]
+    depth: float = 1.0
+    dropped: tuple[str, ...] = ()
+    distrusted: dict[str, str] = field(default_factory=dict)
     light: str = "narrow"
     seed: int = 0
 
@@ -60,11 +64,11 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of to_json; unknown or missing keys raise StoreError."""
-        known = {field.name for field in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         if set(data) != known:
             odd = ", ".join(sorted(set(data) ^ known))
             raise StoreError(f"The stored plan does not fit this version of dslify: {odd}.")
-        lists = {name: tuple(data[name]) for name in ("cut_shape", "crossing")}
+        lists = {name: tuple(data[name]) for name in ("cut_shape", "crossing", "dropped")}
         projections = tuple(Projection(**item) for item in data["projections"])
         tensors = tuple(
             NarrowedTensor(item["name"], tuple(item["before"]), tuple(item["after"]), tuple(item["why"]))

@@ -199,6 +199,8 @@ class DSLayer(nn.Module):
         route = self.route or ("both" if self.training else "mixed")
         masked = self.mask(cut)
         inputs = (masked, *crossing)
+        if self.training and torch.is_grad_enabled():
+            inputs = tuple(map(_contiguous, inputs))
         paths = Paths(masked, self.switch(self.pooled(masked)))
         if route == "mixed":
             outputs, paths = self._mixed(inputs, paths)
@@ -247,6 +249,12 @@ class DSLayer(nn.Module):
         shape[layout.axis] = (len(light_index) + len(full_index)) * layout.per_sample
         whole = full.new_empty(shape)
         return layout.put(layout.put(whole, full, full_index), light.to(full.dtype), light_index)
+
+
+def _contiguous(value: Any) -> Any:
+    """On the CPU torch 2.12.1 crashes in group_norm's backward for a channels_last input that needs no gradient, which
+    a value from a frozen base is."""
+    return value.contiguous() if isinstance(value, Tensor) and not value.requires_grad else value
 
 
 def dsl_layers(net: nn.Module) -> tuple[DSLayer, ...]:
