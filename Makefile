@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DATA ?= ../shared/data/codec16k
+ZOO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-codec clean
+.PHONY: help setup demo test lint zoo bench-codec bench-inherit bench-surgery bench-memory clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,18 @@ test: lint  ## lint, then the test suite on two processes
 
 bench-codec: $(STAMP)  ## the codec on a folder of real sound: make bench-codec DATA=folder
 	$(BIN)/python benchmarks/codec.py --data $(DATA)
+
+bench-inherit: $(STAMP)  ## inherited weights against random ones: make bench-inherit DATA=folder
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.inherit --data $(DATA)
+
+bench-surgery: $(STAMP)  ## side by side with the public pruner (pip install torch-pruning first)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.surgery
+
+bench-memory: $(STAMP)  ## peak memory of insert on a network of 304 M parameters
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
+
+zoo: $(STAMP)  ## the surgery on 228 public networks at three cuts each (about an hour; --resume goes on)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --jobs 2 --json runs/zoo/zoo.json $(ZOO)
 
 clean:  ## remove what builds, tests and the demo left behind (not .venv)
 	rm -rf build dist demo-out runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

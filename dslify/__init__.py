@@ -14,10 +14,13 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "errors": ["DslifyError"],
-    "load": ["example_inputs_for", "load_model"],
+    "example_inputs": ["example_for", "example_inputs_for"],
+    "load": ["load_model"],
     "capture": ["capture"],
     "cut": ["CutPoint", "cut_points"],
+    "rules": ["rule"],
     "switch": ["DSLayer", "Mask", "Paths", "Switch", "dsl_layers", "route"],
+    "survey": ["SurveyPoint", "choose_cut", "survey"],
     "insert": ["insert", "remove"],
     "plan": ["Plan"],
     "store": ["load", "save"],
@@ -39,15 +42,20 @@ if TYPE_CHECKING:
     from .cut import cut_points as cut_points
     from .data import open_data as open_data
     from .errors import DslifyError as DslifyError
+    from .example_inputs import example_for as example_for
+    from .example_inputs import example_inputs_for as example_inputs_for
     from .insert import insert as insert
     from .insert import remove as remove
-    from .load import example_inputs_for as example_inputs_for
     from .load import load_model as load_model
     from .losses import dsl_loss as dsl_loss
     from .measure import evaluate as evaluate
     from .plan import Plan as Plan
+    from .rules import rule as rule
     from .store import load as load
     from .store import save as save
+    from .survey import SurveyPoint as SurveyPoint
+    from .survey import choose_cut as choose_cut
+    from .survey import survey as survey
     from .switch import DSLayer as DSLayer
     from .switch import Mask as Mask
     from .switch import Paths as Paths

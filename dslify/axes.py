@@ -1,22 +1,21 @@
-"""Binds the rules to a region's nodes: region -> AxisMap, and the sizes that a width gives its atoms."""
+"""Binds the rules to a region's nodes: region -> AxisMap."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator
 
-from .functional import graphs_in, op_name, symbolic, tensor_at
+from .functional import graphs_in, inner_graph, op_name, tensor_at
 from .rules import RULES, Axis, Binding, Reason, kept_size
 
 Kept = Mapping[Axis, int]
-PAYS = 0.01  # share of the region's MACs that projections have to save
 
 
 @dataclass(frozen=True)
@@ -93,18 +92,19 @@ class AxisMap:
         """Number of parameters (buffers not counted)."""
         size = sizes(kept or {})
         total = 0
-        for name in self.weights():
+        for name in self.weights:
             total += math.prod(size(axis) for axis in self.parameters[name])
         return total + sum(self.boundaries[at].channels.hint * size(self.boundaries[at].channels) for at in projected)
 
-    def weights(self) -> list[str]:
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
         """Targets that are nn.Parameters, tied ones once."""
         by_id = {
             id(tensor_at(self.region, name)): name
             for name in self.parameters
             if isinstance(tensor_at(self.region, name), nn.Parameter)
         }
-        return list(by_id.values())
+        return tuple(by_id.values())
 
 
 def sizes(kept: Kept) -> Callable[[Axis], int]:
@@ -112,10 +112,11 @@ def sizes(kept: Kept) -> Callable[[Axis], int]:
     return lambda axis: kept_size(axis, lambda atom: kept.get(atom, atom.hint))
 
 
-def analyse(region: fx.GraphModule, distrusted: Mapping[str, str] | None = None) -> AxisMap:
+def analyse(region: fx.GraphModule, distrusted: Mapping[str, str] | None = None, samples: int | None = None) -> AxisMap:
     """Run every row over the region's nodes, once, in order.
 
     distrusted: node name -> why its row is not believed; such a node freezes what it touches, as one without a row.
+    samples: batch size of the captured values; by default the first axis of the first input.
     """
     hint = _hints(region)
     distrusted = distrusted or {}
@@ -140,11 +141,9 @@ def analyse(region: fx.GraphModule, distrusted: Mapping[str, str] | None = None)
                 continue
             b.terms[node] = parameters[node.target] = tied.setdefault(id(tensor), b.parameter(tensor))
         elif node.op == "output":
-            outputs = [
-                out for out in node.args[0] if isinstance(out, fx.Node) and isinstance(out.meta.get("val"), Tensor)
-            ]
+            outputs = [out for out in node.all_input_nodes if isinstance(out.meta.get("val"), Tensor)]
         else:
-            b.terms[node] = _bind(b, region, node, distrusted)
+            b.terms[node] = _bind(b, node, distrusted)
     ties: dict[Axis, set[tuple[int, int]]] = {}
     strength = _touch_strength(region, parameters)
     boundaries = []
@@ -154,14 +153,23 @@ def analyse(region: fx.GraphModule, distrusted: Mapping[str, str] | None = None)
                 ties.setdefault(atom, set()).add((at, axis))
         boundaries.append(Boundary(node, b.terms[node], _channel_axis(b.terms[node], strength), at < len(inputs)))
     frozen_ties = {atom: frozenset(places) for atom, places in ties.items()}
-    return AxisMap(region, b, parameters, tuple(boundaries), frozen_ties, _batch(inputs))
+    return AxisMap(region, b, parameters, tuple(boundaries), frozen_ties, samples or _batch(inputs))
 
 
-def _bind(b: Binding, region: fx.GraphModule, node: fx.Node, distrusted: Mapping[str, str]) -> Any:
+def node_macs(module: fx.GraphModule, samples: int | None = None) -> dict[fx.Node, int]:
+    """MACs per sample of every node that has any, at the captured size. samples: as in analyse()."""
+    axes = analyse(module, samples=samples)
+    found: dict[fx.Node, int] = {}
+    for node, factors in axes.binding.macs:
+        found[node] = found.get(node, 0) + math.prod(axis.find().hint for axis in factors)
+    return {node: macs // axes.batch for node, macs in found.items()}
+
+
+def _bind(b: Binding, node: fx.Node, distrusted: Mapping[str, str]) -> Any:
     value = node.meta.get("val")
-    if not isinstance(value, (Tensor, tuple, list)):
-        return ()  # integers made of sizes
     name = op_name(node)
+    if not isinstance(value, (Tensor, tuple, list)):  # numbers: sizes and what is reckoned from them, or from values
+        return () if name in ("", "aten.sym_size.int") else b.unknown(node, "a number is read from it")
     if node.name in distrusted:
         b.ledger.setdefault(name or str(node.target), []).append(node.name)
         return b.unknown(node, distrusted[node.name])
@@ -169,35 +177,30 @@ def _bind(b: Binding, region: fx.GraphModule, node: fx.Node, distrusted: Mapping
         return RULES[name](b, node)
     if getattr(node.target, "__name__", "") == "getitem" and node.op == "call_function":
         return b.terms[node.args[0]][node.args[1]]  # type: ignore[index]
-    if (body := body_of(region, node)) is not None:
-        return _enter(b, body, node, distrusted)
+    if (inner := inner_graph(node)) is not None:
+        return _enter(b, *inner, node, distrusted)
     b.ledger.setdefault(name or str(node.target), []).append(node.name)
     return b.unknown(node)
 
 
-def body_of(region: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-    """The graph that a higher-order operator runs on the arguments behind it (autocast and no-grad regions)."""
-    if not isinstance(node.target, HigherOrderOperator):
-        return None
-    graphs = [used for used in node.args if isinstance(used, fx.Node) and used.op == "get_attr"]
-    modules = [tensor_at(region, str(used.target)) for used in graphs]
-    return next((module for module in modules if isinstance(module, fx.GraphModule)), None)
-
-
-def _enter(b: Binding, body: fx.GraphModule, call: fx.Node, distrusted: Mapping[str, str]) -> Any:
+def _enter(
+    b: Binding, body: fx.GraphModule, operands: tuple[Any, ...], call: fx.Node, distrusted: Mapping[str, str]
+) -> Any:
     """The rows of a higher-order operator's own graph."""
     inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
-    for node, given in zip(inputs, call.args[len(call.args) - len(inputs) :], strict=True):
+    counted = len(b.macs)
+    for node, given in zip(inputs, operands, strict=True):
         b.terms[node] = b.terms.get(given, ()) if isinstance(given, fx.Node) else ()
     for node in body.graph.nodes:
         if node.op == "output":
+            b.macs[counted:] = [(call, factors) for _, factors in b.macs[counted:]]
             return tuple(b.terms.get(out, ()) for out in node.args[0])
         if node.op == "get_attr":
             value = tensor_at(body, node.target)
             why = "a constant inside a region of its own"
             b.terms[node] = tuple(b.fixed(n, node, why) for n in value.shape) if isinstance(value, Tensor) else ()
         elif node.op != "placeholder":
-            b.terms[node] = _bind(b, body, node, distrusted)
+            b.terms[node] = _bind(b, node, distrusted)
     return ()
 
 
@@ -238,80 +241,3 @@ def _batch(inputs: list[fx.Node]) -> int:
     """Samples in the captured example."""
     first = inputs[0].meta["val"].shape[0] if inputs and inputs[0].meta["val"].dim() else 1
     return max(1, int(first.node.hint) if isinstance(first, torch.SymInt) else 1)
-
-
-def choose(axes: AxisMap, width: float, projected: frozenset[int] = frozenset()) -> dict[Axis, int]:
-    """Kept size of every atom that shrinks at `width`: heads before head size, groups before their members."""
-    shares: dict[Axis, float] = {}
-    free = {atom for atom in axes.atoms() if axes.shrinks(atom, projected)}
-    for term in _products(axes):
-        share = width
-        for part in term.parts:
-            for atom in part.atoms():
-                if atom not in free:
-                    continue
-                settled = shares.setdefault(atom, share)  # by the first product that holds it
-                if part.find() is atom:  # what this factor could not give up, the next one has to
-                    share = min(1.0, share * atom.hint / rounded(atom.hint, settled))
-    for atom in free:
-        shares.setdefault(atom, width)
-    return {atom: rounded(atom.hint, share) for atom, share in shares.items()}
-
-
-def _products(axes: AxisMap) -> Iterator[Axis]:
-    seen: set[int] = set()
-
-    def walk(axis: Axis) -> Iterator[Axis]:
-        root = axis.find()
-        if id(root) in seen:
-            return
-        seen.add(id(root))
-        if root.form == "product":
-            yield root
-        for part in root.parts:
-            yield from walk(part)
-
-    for terms in axes.parameters.values():
-        for axis in terms:
-            yield from walk(axis)
-
-
-def rounded(size: int, share: float) -> int:
-    """Entries to keep of `size`, never fewer than the share: wide axes to a multiple of 4, which kernels like.
-
-    Upwards, because a narrow layer is a bottleneck for all that follows: on the codec 8 instead of 4 of 32 channels
-    more than halved the difference that fine-tuning ends at.
-    """
-    exact = math.ceil(size * share - 1e-9)
-    return min(size, 4 * math.ceil(exact / 4) if size >= 32 else max(1, exact))
-
-
-def decide_projections(axes: AxisMap, width: float) -> frozenset[int]:
-    """The boundaries at which a learned 1x1 projection saves MACs, by descent from all of them; empty if none pays.
-
-    A projection is a bottleneck as well, so the set has to save at least PAYS of the region's MACs.
-    """
-    candidates = [at for at, boundary in enumerate(axes.boundaries) if _projectable(axes, at)]
-
-    def cost(chosen: frozenset[int]) -> tuple[int, int]:
-        kept = choose(axes, width, chosen)
-        return axes.macs(kept, chosen), axes.params(kept, chosen)
-
-    if width >= 1 or not candidates:
-        return frozenset()
-    chosen = frozenset(candidates)
-    best = cost(chosen)
-    for at in candidates:
-        without = chosen - {at}
-        if (price := cost(without)) <= best:
-            chosen, best = without, price
-    return chosen if best[0] <= cost(frozenset())[0] - PAYS * axes.macs() else frozenset()
-
-
-def _projectable(axes: AxisMap, at: int) -> bool:
-    boundary = axes.boundaries[at]
-    if boundary.channel_axis is None or not boundary.node.meta["val"].dtype.is_floating_point:
-        return False
-    everything = frozenset(range(len(axes.boundaries)))
-    fixed = isinstance(symbolic(boundary.channels.size), int)
-    return fixed and any(axes.shrinks(atom, everything) for atom in boundary.channels.atoms())

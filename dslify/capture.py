@@ -1,18 +1,15 @@
-"""The only caller of torch.export: a module becomes a Graph of ATen operators with dynamic batch (and length).
+"""A module becomes a Graph of ATen operators with dynamic batch (and length).
 
 Export is asked for much first (every axis of sequences dynamic), then for less (the batch axis), then for nothing; what
-became fixed is said. The result shares nothing with the given module: parameters and buffers are copied.
+became fixed is said. The result shares nothing with the given module: parameters and buffers are copied, once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-import logging
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +18,18 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from .attempt import Axes, attempt, traced_copy
+from .deadline import OutOfTime
 from .errors import CaptureError, one_line
-from .functional import copied, drop_assertions, functionalise, graphs_in, size_words
-from .guards import Guards as Guards
-from .guards import add_guards
+from .functional import symbolic, tensors_of
+from .obstacle import place
 
 RTOL, ATOL = 1e-4, 1e-5  # captured against eager: the same kernels, but batch sizes may choose other algorithms
+SECONDS = 45.0  # for all attempts together, so that surgery and checks end within a minute
+_SHARES = {3: 0.45, 2: 0.65, 1: 1.0}  # of the time that is left, for the third last attempt, the second last, the last
+_WAY_OUT_SECONDS = 8.0  # to find submodules that can be captured where the network cannot
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Graph:
     """A captured module.
 
     module: the graph (get_attr for parameters, aten operators, pytree in and out), eval mode. dynamic: what may vary,
-    in words. args, kwargs: the example it was captured with. seconds: what the capture took. expected: the module's own
-    answer on the example.
+    in words, and what was asked to vary and could not. args, kwargs: the example it was captured with. seconds: what
+    the capture took. expected: the module's own answer on the example.
     """
 
     module: fx.GraphModule
@@ -48,30 +51,8 @@ class Graph:
     @property
     def samples(self) -> int:
         """Batch size of the example."""
-        tensors = [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_of((self.args, self.kwargs))
         return max(1, tensors[0].shape[0]) if tensors and tensors[0].dim() else 1
-
-
-class _TimeLimit(BaseException):
-    """Derives from BaseException because torch.export swallows Exception."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise _TimeLimit
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
@@ -87,41 +68,73 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = flag
 
 
+@contextmanager
+def _without_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[bool]:
+    """Within the block a decoder of Hugging Face's keeps no keys and values for a next step, unless it was asked to:
+    they are for generation, and no tensors. Yields whether that turned anything off."""
+    configs = {
+        id(config): config for child in module.modules() if (config := getattr(child, "config", None)) is not None
+    }
+    asked = kwargs.get("use_cache") is not None
+    turned = [c for c in configs.values() if not asked and getattr(c, "use_cache", None) is True]
+    for config in turned:
+        config.use_cache = False
+    try:
+        yield bool(turned)
+    finally:
+        for config in turned:
+            config.use_cache = True
+
+
 def capture(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, time_limit: float = 60.0
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, time_limit: float = SECONDS
 ) -> Graph:
     """Capture `module` in eval mode for inputs like the example ones. The module is left as it was.
 
-    time_limit: seconds for each attempt. Raises CaptureError with the reason of the last attempt.
+    Recurrent layers stay one node. Keyword arguments may be given in any order, then and later. Dataclasses among
+    inputs and outputs are registered with torch's pytree. Key-value caches are off (`use_cache=True` keeps them on).
+    time_limit: seconds for all attempts. Raises CaptureError with the line that was in the way and the nearest way out.
     """
     start = time.perf_counter()
-    kwargs = dict(kwargs or {})
-    with evaluating(module), torch.no_grad():
+    kwargs = _in_order(module, dict(kwargs or {}))
+    with evaluating(module), torch.no_grad(), _without_cache(module, kwargs) as uncached:
         try:
             expected = module(*args, **kwargs)
         except Exception as error:
-            shapes = _shapes((args, kwargs))
+            shapes = ", ".join("x".join(map(str, value.shape)) or "scalar" for value in tensors_of((args, kwargs)))
             raise CaptureError(
                 f"The network does not run on the example input {shapes}: {one_line(error)}. "
                 "Give the right shape with --input, such as --input 1x1x16000."
             ) from error
-        reason = ""
-        for dynamic, example in _attempts(module, args, kwargs):
+        _register_dataclasses((args, kwargs, expected))
+        attempts = list(_attempts(args, kwargs))
+        reason, given_up, stuck = "", "", None
+        for left, (dynamic, example) in zip(range(len(attempts), 0, -1), attempts, strict=True):
+            seconds = _SHARES[left] * (time_limit - (time.perf_counter() - start))
+            traced = traced_copy(module)
             try:
-                graph_module = _export(_copy(module), *example, dynamic, time_limit)
-            except _TimeLimit:
-                reason = f"torch.export took more than {time_limit:.0f} s"
+                graph_module = attempt(traced, *example, dynamic, seconds)
+            except CaptureError:
+                raise
+            except (Exception, OutOfTime) as error:
+                took = f"torch.export took more than {seconds:.0f} s"
+                reason = took if isinstance(error, OutOfTime) else one_line(error)
+                stuck = place(error, traced)
+                given_up = given_up or reason
                 continue
-            except Exception as error:
-                reason = one_line(error)
-                continue
-            reason = _differs(graph_module, module, expected, args, kwargs)
+            reason = _differs(graph_module, expected, args, kwargs)
             if not reason:
-                return Graph(graph_module, args, kwargs, _varying(graph_module), time.perf_counter() - start, expected)
-    raise CaptureError(
-        f"torch.export cannot capture {type(module).__name__}: {reason}. "
-        "If only a part of the network needs the switch, capture that part alone: --scope encoder."
-    )
+                words = _varying(graph_module, attempts[0], given_up)
+                if uncached and any(hasattr(expected, name) for name in ("past_key_values", "cache_params")):
+                    words += "; without key-value cache"
+                return Graph(graph_module, args, kwargs, words, time.perf_counter() - start, expected)
+            del graph_module  # with its weights, before the next one has its own
+            given_up = given_up or reason
+        line, inside = stuck or ("", None)
+        raise CaptureError(
+            f"torch.export cannot capture {type(module).__name__}{f', at {line}' if line else ''}: {reason}. "
+            + _way_out(module, args, kwargs, inside)
+        )
 
 
 def scope_inputs(
@@ -138,39 +151,94 @@ def scope_inputs(
     except AttributeError:
         names = [name for name, _ in model.named_children()]
         raise CaptureError(f"--scope {scope}: no such submodule; the top ones are {', '.join(names)}.") from None
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = inner.register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True)
     try:
-        with evaluating(model), torch.no_grad():
-            model(*args, **(kwargs or {}))
+        calls = _calls(model, [scope], args, kwargs or {})[scope]
     except Exception as error:
         raise CaptureError(f"The network does not run on the example input: {one_line(error)}.") from error
-    finally:
-        handle.remove()
     if len(calls) != 1:
         raise CaptureError(f"--scope {scope}: it is called {len(calls)} times in one forward, and must be called once.")
     return inner, *calls[0]
 
 
-def _attempts(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[Callable[[Any], Any], tuple[tuple[Any, ...], dict[str, Any]]]]:
+def _calls(model: nn.Module, paths: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Path -> the inputs of each call of that submodule in one forward."""
+    calls: dict[str, list[Example]] = {path: [] for path in paths}
+
+    def remember(path: str) -> Callable[..., None]:
+        return lambda _, a, k: calls[path].append((a, k))
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(remember(path), with_kwargs=True) for path in calls]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _way_out(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inside: str | None) -> str:
+    """The largest submodules without the one that was in the way, tried as far as time allows."""
+    end = time.perf_counter() + _WAY_OUT_SECONDS
+    stuck = f"{inside}." if inside else ""
+    size = {
+        path: sum(parameter.numel() for parameter in child.parameters())
+        for path, child in module.named_modules()
+        if path and not stuck.startswith(f"{path}.") and any(child.children())
+    }
+    calls = _calls(module, sorted(size, key=lambda path: -size[path]), args, kwargs)
+    found: list[str] = []
+    for path, given in calls.items():
+        seconds = end - time.perf_counter()
+        if seconds < 0.5 or len(found) == 3:
+            break
+        if len(given) != 1 or not size[path] or any(path.startswith(f"{other}.") for other in found):
+            continue
+        dynamic, example = list(_attempts(*given[0]))[-2:][0]  # the batch alone, where there is one
+        try:
+            attempt(traced_copy(module.get_submodule(path)), *example, dynamic, seconds)
+        except (Exception, OutOfTime):
+            continue
+        found.append(path)
+    if found:
+        return f"These parts of it can be captured alone: {', '.join(f'--scope {path}' for path in found)}."
+    return "If only a part of the network needs the switch, capture that part alone: --scope encoder."
+
+
+def _in_order(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as torch.export orders its inputs: as the forward names them."""
+    names = list(inspect.signature(module.forward).parameters)
+    return dict(sorted(kwargs.items(), key=lambda item: names.index(item[0]) if item[0] in names else len(names)))
+
+
+def _register_dataclasses(tree: Any) -> None:
+    """Make dataclasses transparent to torch.export and to comparisons; those of Hugging Face are already."""
+    for leaf in pytree.tree_leaves(tree):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            if type(leaf) not in pytree.SUPPORTED_NODES:
+                pytree.register_dataclass(type(leaf))
+            _register_dataclasses(leaf)
+
+
+def _attempts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Callable[[Any], Axes | None], Example]]:
     """(leaf -> its dynamic axes, example) from the most general to the least."""
 
-    def vary(axes: Callable[[Tensor], Iterable[int]]) -> Callable[[Any], Any]:
+    def vary(axes: Callable[[Tensor], Iterable[int]]) -> Callable[[Any], Axes | None]:
         return lambda leaf: dict.fromkeys(axes(leaf), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
 
-    example = _batch_of_two(module, args, kwargs)
+    example = _batch_of_two(args, kwargs)
     if example is not None:
-        batch = next(leaf.shape[0] for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim())
+        tensors = [leaf for leaf in tensors_of(example) if leaf.dim()]
+        batch = tensors[0].shape[0]
         # images keep height and width: letting those vary is the main cost and failure of export
-        yield vary(lambda leaf: range(leaf.dim() if leaf.dim() <= 3 else 1)), example
+        if any(1 < leaf.dim() <= 3 for leaf in tensors):
+            yield vary(lambda leaf: range(leaf.dim() if leaf.dim() <= 3 else 1)), example
         yield vary(lambda leaf: [0] if leaf.dim() and leaf.shape[0] == batch else []), example
     yield vary(lambda leaf: []), (args, kwargs)
 
 
-def _batch_of_two(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The example with two samples at least (export fixes an axis of size 1), or None if the network refuses that."""
+def _batch_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example | None:
+    """The example with two samples at least, because export fixes an axis of size 1; None without tensors."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     if not tensors:
@@ -182,82 +250,19 @@ def _batch_of_two(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch else leaf
         for leaf in leaves
     ]
-    args, kwargs = pytree.tree_unflatten(doubled, spec)
-    try:
-        module(*args, **kwargs)
-    except Exception:
-        return None
-    return args, kwargs
+    return pytree.tree_unflatten(doubled, spec)  # type: ignore[no-any-return]
 
 
-def _export(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Callable[[Any], Any], time_limit: float
-) -> fx.GraphModule:
-    shapes = pytree.tree_map(dynamic, (args, kwargs))
-    logger = logging.getLogger("torch")
-    level = logger.level
-    with warnings.catch_warnings(), _time_limit(time_limit):
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            names = inspect.signature(module.forward).parameters
-            by_name = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
-            exported = torch.export.export(
-                module, args, kwargs, dynamic_shapes=by_name if kwargs else shapes[0], strict=False
-            )
-            lifted = exported.module(check_guards=False)
-        finally:
-            logger.setLevel(level)
-    graph = lifted.graph
-    add_guards(graph, exported, args, kwargs)
-    for inner in graphs_in(lifted):
-        drop_assertions(inner.graph)
-        inner.recompile()
-    functionalise(graph)
-    graph.eliminate_dead_code()
-    own = fx.GraphModule(lifted, graph, class_name=type(module).__name__)
-    own_tensors(own)
-    own.eval()
-    return own
-
-
-def own_tensors(module: nn.Module) -> None:
-    """Replace every parameter and buffer by a copy, once per tensor, so that tied ones stay tied."""
-    memo: dict[int, Tensor] = {}
-    for child in module.modules():
-        for table in (child._parameters, child._buffers):
-            for name, value in table.items():
-                if value is None:
-                    continue
-                if id(value) not in memo:
-                    copied = value.detach().clone()
-                    memo[id(value)] = (
-                        nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied
-                    )
-                table[name] = memo[id(value)]  # type: ignore[assignment]
-        for name, value in list(vars(child).items()):  # constants that export lifted as plain attributes
-            if isinstance(value, Tensor):
-                delattr(child, name)
-                child.register_buffer(name, value.detach().clone(), persistent=True)
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """A fresh copy for one attempt: after a failure the same object can fail again (caches in the module)."""
-    try:
-        return copied(module)
-    except Exception:  # weight_norm's recomputed weights, open files ...
-        return module
-
-
-def _differs(
-    captured: fx.GraphModule, module: nn.Module, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str:
+def _differs(captured: fx.GraphModule, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Why the captured graph is not the module, on the example itself; "" if it is."""
     try:
-        found = captured(*args, **kwargs)
+        found = pytree.tree_leaves(captured(*args, **kwargs))
     except Exception as error:
-        return f"the captured graph does not run: {one_line(error)}"
-    for mine, theirs in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        return f"the captured graph does not run: {one_line(error)[:120]}"
+    wanted = pytree.tree_leaves(expected)
+    if len(found) != len(wanted):
+        return f"the captured graph gives {len(found)} values where the module gives {len(wanted)}"
+    for mine, theirs in zip(found, wanted, strict=True):
         if isinstance(theirs, Tensor) and not torch.allclose(
             mine.double(), theirs.double(), rtol=RTOL, atol=ATOL, equal_nan=True
         ):
@@ -268,18 +273,24 @@ def _differs(
     return ""
 
 
-def _varying(captured: fx.GraphModule) -> str:
-    """What the capture let vary, in words: an axis asked to vary may have become fixed."""
-    values = [node.meta.get("val") for node in captured.graph.nodes if node.op == "placeholder"]
-    axes = {
-        at for value in values if isinstance(value, Tensor) for at, size in enumerate(size_words(value)) if size == "*"
-    }
-    if not axes:
-        return "every axis is fixed at the example's size"
-    return "batch varies, other axes are fixed" if axes == {0} else "batch and length vary"
+def _varying(captured: fx.GraphModule, first: tuple[Callable[[Any], Axes | None], Example], given_up: str) -> str:
+    """What the capture let vary, in words, and the axes that the first attempt asked to vary and that became fixed.
 
-
-def _shapes(tree: Any) -> str:
-    return ", ".join(
-        "x".join(map(str, leaf.shape)) or "scalar" for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)
-    )
+    given_up: why an attempt was, "" if the first one succeeded.
+    """
+    asked, example = first
+    inputs = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    varying: set[int] = set()
+    fixed: list[str] = []
+    for node, leaf in zip(inputs, pytree.tree_leaves(example), strict=True):
+        value = node.meta.get("val")
+        for at, size in enumerate(map(symbolic, value.shape) if isinstance(value, Tensor) else ()):
+            if not isinstance(size, int):
+                varying.add(at)
+            elif at in (asked(leaf) or {}) and leaf.shape[at] > 1:
+                fixed.append(f"axis {at} of {node.target} at {size}")
+    why = f" ({given_up})" if given_up else ""
+    if not varying:
+        return f"every axis is fixed at the example's size{why}"
+    words = "batch varies, other axes are fixed" if varying == {0} else "batch and length vary"
+    return f"{words}; asked to vary but fixed: {', '.join(fixed)}{why}" if fixed else words

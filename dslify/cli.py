@@ -5,22 +5,26 @@ Nothing here imports torch before a command runs, so that `dslify --help` stays 
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from . import __version__
 from . import options as o
-from .console import Door, Output, grouped, read_data, show_layer, size_of
+from .console import (
+    Door,
+    Output,
+    dslified,
+    grouped,
+    network_and_inputs,
+    read_data,
+    show_cuts,
+    show_layer,
+    size_of,
+)
 from .errors import OptionError, StoreError
-from .options import beside, hertz, number, run_folder, seconds, whole
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from .cut import CutPoint
+from .options import beside, drawable, hertz, number, run_folder, seconds, share, whole
 
 app = typer.Typer(
     cls=Door,
@@ -54,40 +58,46 @@ def inspect(
     model: o.Model,
     input: o.Input = None,
     scope: o.Scope = None,
-    depth: o.Depth = None,
+    width: o.Width = None,
+    projection: o.Projection = True,
+    levels: o.Levels = None,
+    picture: o.Picture = None,
+    force: o.Force = False,
     trust: o.Trust = None,
     code: o.Code = None,
     arch: o.Arch = None,
+    explain: o.Explain = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Show where a network can be cut and what lies before and behind each cut. Of a .dsl file: what is in it."""
-    levels = None if depth is None else whole("depth", depth, least=1)
+    """Show where a network can be cut, what lies before and behind each cut, and what a light path would cost there.
+
+    Of a .dsl file: what is in it, with --explain in full.
+    """
+    depth = None if levels is None else whole("levels", levels, least=1)
+    kept = share("width", width or "0.1")
+    file = None if picture is None else drawable(picture, force)
     with Output(as_json, quiet) as out:
-        from . import report
-
         if Path(model).suffix == ".dsl":
-            show_layer(out, Path(model), _load(Path(model)))
+            if levels or width or picture:
+                raise OptionError(f"--levels, --width and --picture are for networks, and {model} is cut already.")
+            show_layer(out, Path(model), dslified(Path(model)), explain)
             return
+        if explain:
+            raise OptionError(f"--explain tells what insert did; {model} is no .dsl file.")
         with out.working(f"looking for cut points in {model}"):
-            from .cut import cut_points
-            from .load import example_inputs_for, load_model
+            from .capture import capture, scope_inputs
+            from .survey import Survey
 
-            network = load_model(model, trust=trust or (), code=code or (), arch=arch)
-            example, assumed = example_inputs_for(network, input)
-            points = cut_points(network, example, scope=scope)
-        out.document = {
-            "model": model,
-            "class": type(network).__name__,
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "input": assumed,
-            "cut_points": [asdict(point) for point in points],
-        }
-        head = f"{model}: {type(network).__name__}, {report.human(out.document['parameters'])} parameters"
-        out.show(head, assumed, report.cut_table(points, levels))
-        start = _good_start(points)
-        if start:
-            words = ["insert", model, "--at", start, "--width", "0.1"]
+            network, example = network_and_inputs(model, input, trust, code, arch)
+            inner, args, kwargs = scope_inputs(network, scope, example.args, example.kwargs)
+            found = Survey(capture(inner, args, kwargs), kept, projection, f"{scope}." if scope else "")
+        count = sum(parameter.numel() for parameter in network.parameters())
+        kind = type(network).__name__
+        out.document = {"model": model, "class": kind, "parameters": count, "input": example.words}
+        best = show_cuts(out, found, model, depth, file)
+        if best:
+            words = ["insert", model, "--at", best, "--width", width or "0.1"]
             out.next(*words, *(("--scope", scope) if scope else ()), *(("--input", input) if input else ()))
 
 
@@ -100,6 +110,7 @@ def insert(
     at: o.At,
     width: o.Width = None,
     cost: o.CostShare = None,
+    depth: o.Depth = "1",
     scope: o.Scope = None,
     to: o.To = None,
     input: o.Input = None,
@@ -118,9 +129,14 @@ def insert(
     """Cut a network, put a Dynamic Switch Layer there and write it as a .dsl file. The given file stays as it is."""
     if width is not None and cost is not None:
         raise OptionError(f"width and cost exclude each other; got width {width} and cost {cost}: give one of them.")
-    share = number("width", "0.1" if width is None else width, "above 0 and at most 1", above=0, most=1)
-    costs = None if cost is None else number("cost", cost, "above 0 and below 1", above=0, below=1)
-    first = whole("seed", seed)
+    if at == "auto" and to is not None:
+        raise OptionError("--at auto weighs all that follows a cut; with --to, name the cut as well.")
+    options: dict[str, Any] = {
+        "width": share("width", width or "0.1"),
+        "cost": None if cost is None else number("cost", cost, "above 0 and below 1", above=0, below=1),
+        "depth": share("depth", depth),
+        "seed": whole("seed", seed),
+    }
     with Output(as_json, quiet) as out:
         target = output or beside(model)
         if target.exists() and not force:
@@ -128,18 +144,14 @@ def insert(
         with out.working(f"cutting {model}, deriving the light path and checking it"):
             from . import insert as surgery
             from . import save
-            from .load import example_inputs_for, load_model
 
-            network = load_model(model, trust=trust or (), code=code or (), arch=arch)
-            example, assumed = example_inputs_for(network, input)
-            places: dict[str, Any] = {"scope": scope, "to": to}
-            net = surgery(
-                network, at, share, example, mask=mask, projection=projection, cost=costs, seed=first, **places
-            )
+            network, example = network_and_inputs(model, input, trust, code, arch)
+            inputs: dict[str, Any] = {"example_inputs": example.args, "example_kwargs": example.kwargs}
+            net = surgery(network, at, scope=scope, to=to, mask=mask, projection=projection, **inputs, **options)
         written = save(net, target, force=force)
-        out.show(f"{model}: {type(network).__name__}, {assumed}")
+        out.show(f"{model}: {type(network).__name__}, {example.words}")
         show_layer(out, written, net, explain)
-        out.document = {**out.document, "model": model, "input": assumed}
+        out.document = {**out.document, "model": model, "input": example.words}
         out.show("", f"wrote {written} ({size_of(written)})")
         out.next("finetune", str(written), "--data", "FOLDER")
 
@@ -181,7 +193,7 @@ def finetune(
     }
     rate_hz, length = hertz(rate), seconds(segment)
     with Output(as_json, quiet) as out:
-        net = _load(file)
+        net = dslified(file)
         from . import finetune as train
         from . import report, save
 
@@ -224,16 +236,16 @@ def calibrate(
     if (light_share is None) == (max_difference is None):
         given = "neither" if light_share is None else "both"
         raise OptionError(f"calibrate takes either --light-share or --max-difference; got {given}.")
-    share = None if light_share is None else number("light-share", light_share, "0 to 1", least=0, most=1)
+    wanted = None if light_share is None else number("light-share", light_share, "0 to 1", least=0, most=1)
     bound = None if max_difference is None else number("max-difference", max_difference, "above 0", above=0)
     batch, rate_hz, length = whole("batch-size", batch_size, least=1), hertz(rate), seconds(segment)
     with Output(as_json, quiet) as out:
-        net = _load(file)
+        net = dslified(file)
         from . import calibrate as set_threshold
         from . import report, save
 
         samples = read_data(net, data, rate_hz, length, out)
-        result = set_threshold(net, samples, share, bound, batch_size=batch, progress=out.progress)
+        result = set_threshold(net, samples, wanted, bound, batch_size=batch, progress=out.progress)
         written = save(net, output or file, force=True)
         out.document = {"file": str(written), **result.to_json()}
         out.show(report.calibration(result), "", f"wrote {written} ({size_of(written)})")
@@ -261,7 +273,7 @@ def evaluate(
     batch, first = whole("batch-size", batch_size, least=1), whole("seed", seed)
     rate_hz, length = hertz(rate), seconds(segment)
     with Output(as_json, quiet) as out:
-        net = _load(file)
+        net = dslified(file)
         from . import evaluate as judge
         from . import report
 
@@ -289,20 +301,3 @@ def demo(
 def main() -> None:
     """The console script."""
     app(prog_name="dslify")
-
-
-def _load(file: Path) -> nn.Module:
-    from . import load
-
-    return load(file)
-
-
-def _good_start(points: list[CutPoint]) -> str:
-    """A cut to try first: shortly named, with about two thirds of the work behind it; "" where there is none."""
-
-    def unlike(point: CutPoint) -> tuple[bool, int, float]:
-        away = abs(point.region_macs / max(1, point.base_macs + point.region_macs) - 2 / 3)
-        return away > 0.2, point.path.count("."), away
-
-    usable = [point for point in points if not point.reason]
-    return min(usable, key=unlike).path if usable else ""

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from typer import Exit, TyperException
 from typer.core import TyperGroup
 
-from .errors import DslifyError
+from .errors import CutError, DslifyError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .plan import Plan
+    from .example_inputs import Example
     from .samples import DataReport, Samples
+    from .survey import Survey
 
 SKIPPED_SHOWN = 10
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes; the second is the shell's for Ctrl-C
@@ -65,7 +65,7 @@ class Output:
 
     def __init__(self, as_json: bool, quiet: bool):
         self.as_json, self.quiet = as_json, quiet
-        self.document: Mapping[str, Any] = {}
+        self.document: dict[str, Any] = {}
         self._stdout = sys.stdout
 
     @property
@@ -111,6 +111,24 @@ class Output:
         self.show(f"next: dslify {shlex.join(words)}")
 
 
+def network_and_inputs(
+    model: str, spec: str | None, trust: list[str] | None, code: list[str] | None, arch: str | None
+) -> tuple[nn.Module, Example]:
+    """The network that MODEL means, and inputs for it."""
+    from .example_inputs import example_for
+    from .load import load_model
+
+    network = load_model(model, trust=trust or (), code=code or (), arch=arch)
+    return network, example_for(network, spec)
+
+
+def dslified(file: Path) -> nn.Module:
+    """The network of a .dsl file."""
+    from . import load
+
+    return load(file)
+
+
 def read_data(net: nn.Module, source: str, rate: int | None, segment: float | None, out: Output) -> Samples:
     """The data as the network takes it, in pieces of `segment` seconds or as inserted; what was skipped is said."""
     from . import open_data
@@ -150,7 +168,49 @@ def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -
     }
     out.show(report.surgery(rows, layer.plan))
     if explain:
-        out.show(*_explained(layer.plan))
+        from .explained import explanation
+
+        out.show(explanation(layer.plan))
+
+
+def show_cuts(out: Output, found: Survey, name: str, levels: int | None, picture: Path | None) -> str:
+    """The tree of cut points, the cut that auto takes ("" for none, also returned), and the picture if one is wanted.
+
+    out.document: what is known of the network, with "class", "parameters" and "input".
+    """
+    from dataclasses import asdict
+
+    from rich.text import Text
+
+    from . import report
+    from .cut_tree import CutTree, shown_paths
+
+    try:
+        chosen, why = found.auto()
+        best = chosen.path
+    except CutError as error:
+        best, why = "", str(error)
+    shown = shown_paths(found.points, levels, best)
+    points = found.priced(None if out.as_json or picture else shown, out.progress)
+    known = out.document
+    out.document = {
+        **known,
+        "width": found.width,
+        "auto": {"at": best or None, "why": why},
+        "cut_points": [asdict(point) for point in points],
+    }
+    macs = max((point.base_macs + point.region_macs for point in points), default=0)
+    size = f"{report.human(known['parameters'])} parameters, {report.human(macs)} MACs"
+    head = f"{name}: {known['class']}, {size}"
+    out.show(head, known["input"], CutTree(points, shown, best, found.width))
+    out.show(Text(f"* {'--at auto: ' * bool(best)}{why}", overflow="fold"))
+    if picture is not None:
+        from .picture import draw, write_picture
+
+        write_picture(draw(points, head, found.width, best), picture, points)
+        out.document["picture"] = str(picture)
+        out.show(f"wrote {picture} ({size_of(picture)})")
+    return best
 
 
 def size_of(path: Path) -> str:
@@ -169,16 +229,6 @@ def _data_lines(found: DataReport) -> list[str]:
     if len(found.skipped) > SKIPPED_SHOWN:
         lines.append(f"    and {len(found.skipped) - SKIPPED_SHOWN} more (all of them with --json)")
     return [*lines, *(f"  note: {note}" for note in found.notes)]
-
-
-def _explained(plan: Plan) -> list[str]:
-    """One line a tensor of the light path: its shape before and after, and why an axis stayed."""
-    lines = []
-    for tensor in plan.tensors:
-        sizes = ["x".join(map(str, shape)) or "scalar" for shape in (tensor.before, tensor.after)]
-        why = "; ".join(dict.fromkeys(reason for reason in tensor.why if reason))
-        lines.append(f"{tensor.name}: {' -> '.join(dict.fromkeys(sizes))}" + (f" ({why})" if why else ""))
-    return lines
 
 
 def _fail(sentence: str) -> int:

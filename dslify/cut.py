@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from .capture import Graph, capture, scope_inputs
-from .errors import CutError
-from .functional import memory_of, parameters_read, size_words, writes_in_place
+from .errors import CutError, some
+from .functional import memories_written, memory_of, size_words, tensor_at
 from .macs import node_macs
 
 
@@ -44,31 +44,81 @@ class Partition:
     tail: tuple[fx.Node, ...]
 
 
+@dataclass(frozen=True)
+class Flow:
+    """What partition() asks of every node, worked out once for all cuts of a graph. written: of the nodes that write in
+    place, what made the memory they write into."""
+
+    nodes: tuple[fx.Node, ...]
+    reads: dict[fx.Node, list[fx.Node]]
+    written: dict[fx.Node, set[fx.Node]]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Flow:
+        nodes = tuple(graph.nodes)
+        written = {node: set(memories) for node in nodes if (memories := memories_written(node))}
+        return cls(nodes, {node: node.all_input_nodes for node in nodes}, written)
+
+    def ancestors(self, node: fx.Node) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        waiting = list(self.reads[node])
+        while waiting:
+            above = waiting.pop()
+            if above not in found:
+                found.add(above)
+                waiting.extend(self.reads[above])
+        return found
+
+    def add_writers(self, nodes: set[fx.Node], without: set[fx.Node]) -> None:
+        """Add what writes in place into the memory of these nodes, with all that it needs: nothing else reads it."""
+        missing = list(self.written)
+        while missing:
+            missing = [w for w in self.written if w not in nodes and w not in without and self.written[w] & nodes]
+            for node in missing:
+                nodes |= {node, *self.ancestors(node)}
+
+
 def exits(graph: fx.Graph) -> dict[str, fx.Node | str]:
-    """Module path -> the node that leaves it, or the reason why there is no single one."""
-    inside: dict[str, set[fx.Node]] = {}
+    """Module path -> the node that leaves it, or the reason why there is no single one.
+
+    A container that computes nothing itself (the `blocks` of `blocks.0`, `blocks.1` ...) is left by its parts' values.
+    """
+    stacks: dict[fx.Node, dict[str, str]] = {}
     calls: dict[str, set[str]] = {}
     for node in graph.nodes:
-        for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
-            if path and node.op == "call_function" and not key.startswith("_empty"):
-                inside.setdefault(path, set()).add(node)
-                calls.setdefault(path, set()).add(key)
+        stack = (node.meta.get("nn_module_stack") or {}).items() if node.op == "call_function" else ()
+        stacks[node] = {path: key for key, (path, _) in stack if path and not key.startswith("_empty")}
+        for path, key in stacks[node].items():
+            calls.setdefault(path, set()).add(key)
+    around = {path: [outer for outer in _outer_paths(path) if outer not in calls] for path in calls}
+    leaving: dict[str, list[fx.Node]] = {}
+    for node, stack in stacks.items():
+        inside = dict.fromkeys(outer for path in stack for outer in (*around[path], path))
+        beyond = [{*stacks[user], *(outer for path in stacks[user] for outer in around[path])} for user in node.users]
+        for path in inside:
+            values = leaving.setdefault(path, [])
+            if _is_tensor(node) and any(path not in user for user in beyond):
+                values.append(node)
     found: dict[str, fx.Node | str] = {}
-    for path, nodes in inside.items():
-        leaving = [
-            node
-            for node in graph.nodes
-            if node in nodes and _is_tensor(node) and any(user not in nodes for user in node.users)
-        ]
-        if len(calls[path]) > 1:
+    for path, values in leaving.items():
+        if len(calls.get(path, ())) > 1:
             found[path] = f"it is called {len(calls[path])} times"
-        elif len(leaving) > 1:
-            found[path] = f"it returns {len(leaving)} values"
-        elif not leaving:
-            found[path] = "its values are not used"
+        elif len(values) > 1 and path not in calls:
+            parts = dict.fromkeys(
+                f"{path}.{part[len(path) + 1 :].split('.')[0]}" for part in calls if f"{path}." in part
+            )
+            found[path] = f"its parts {some(list(parts))} are left by {len(values)} values"
+        elif len(values) > 1:
+            found[path] = f"it returns {len(values)} values"
         else:
-            found[path] = leaving[0]
+            found[path] = values[0] if values else "its values are not used"
     return found
+
+
+def _outer_paths(path: str) -> list[str]:
+    """ "a.b.c" -> ["a", "a.b"]"""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def find_cut(graph: fx.Graph, at: str, module: nn.Module | None = None) -> fx.Node:
@@ -92,50 +142,64 @@ def find_cut(graph: fx.Graph, at: str, module: nn.Module | None = None) -> fx.No
     raise CutError(f"--at {at}: {what}; the nearest cut points are {', '.join(near)}.")
 
 
-def partition(graph: fx.Graph, cut: fx.Node, to: fx.Node | None = None) -> Partition:
-    """Divide the nodes. Raises CutError when nothing is behind the cut, or `to` does not depend on it."""
-    nodes = list(graph.nodes)
-    base = _ancestors(cut) | {cut} | {node for node in nodes if node.op in ("placeholder", "get_attr", "call_module")}
-    writers = [node for node in nodes if writes_in_place(node)]
+def partition(graph: fx.Graph, cut: fx.Node, to: fx.Node | None = None, flow: Flow | None = None) -> Partition:
+    """Divide the nodes. Raises CutError when nothing is behind the cut, `to` does not depend on it, or a value that is
+    overwritten in place has to be read by both sides."""
+    flow = flow or Flow.of(graph)
+    nodes = flow.nodes
     behind = {cut}
     for node in nodes:
-        if any(used in behind for used in node.all_input_nodes):
+        if not behind.isdisjoint(flow.reads[node]):
             behind.add(node)
-    _add_writers(base, [node for node in writers if node not in behind])
-    wanted = (_ancestors(to) | {to}) if to is not None else _ancestors(nodes[-1])
-    _add_writers(wanted, writers)
+    # modules: the guards, which only look at the network's inputs, and layers of earlier cuts
+    given = {node for node in nodes if node.op in ("placeholder", "get_attr", "call_module")} - behind
+    base = flow.ancestors(cut) | {cut} | given
+    flow.add_writers(base, behind)
+    wanted = (flow.ancestors(to) | {to}) if to is not None else flow.ancestors(nodes[-1])
+    flow.add_writers(wanted, set())
     if (to is not None and to not in behind) or to is cut:
         raise CutError(f"--to {to}: it does not come after the cut {cut}.")
     # sizes of base values are computed in the base: the whole value would have to cross for them otherwise
     for node in nodes:
-        if (
-            node not in behind
-            and node not in base
-            and not _is_tensorial(node)
-            and all(used in base for used in node.all_input_nodes)
-        ):
+        if node not in behind and node not in base and not _is_tensorial(node) and base.issuperset(flow.reads[node]):
             base.add(node)
     region = [node for node in nodes if node in wanted and node not in base and node.op != "output"]
     inside = set(region)
     crossing = [
         node
         for node in nodes
-        if node in base and node is not cut and node.op != "get_attr" and any(user in inside for user in node.users)
+        if node in base and node is not cut and node.op != "get_attr" and not inside.isdisjoint(node.users)
     ]
-    outputs = [node for node in region if any(user not in inside for user in node.users)]
-    if not region or not any(node in behind for node in outputs):
+    outputs = [node for node in region if not inside.issuperset(node.users)]
+    if not region or behind.isdisjoint(outputs):
         raise CutError(
             f"The cut {cut} is the network's last value: nothing comes after it that a light path could replace."
         )
-    for node in region:
-        if writes_in_place(node) and memory_of(node) not in inside:
+    _check_writes(flow, base, region, [cut, *crossing])
+    kept = [node for node in nodes if node in base]
+    tail = [node for node in nodes if node not in base and node not in inside and node.op != "output"]
+    return Partition(cut, tuple(kept), tuple(region), tuple(crossing), tuple(outputs), tuple(tail))
+
+
+def _check_writes(flow: Flow, base: set[fx.Node], region: list[fx.Node], entering: list[fx.Node]) -> None:
+    """The base runs as a whole before the region: neither may overwrite in place what the other still reads."""
+    inside = set(region)
+    for node, memories in flow.written.items():
+        if node in inside and not memories <= inside:
             raise CutError(
                 f"Behind the cut, {node} writes into a value in place through a view; "
                 "cut before the module that does so."
             )
-    kept = [node for node in nodes if node in base]
-    tail = [node for node in nodes if node not in base and node not in inside and node.op != "output"]
-    return Partition(cut, tuple(kept), tuple(region), tuple(crossing), tuple(outputs), tuple(tail))
+    order = {node: at for at, node in enumerate(flow.nodes)} if flow.written else {}
+    for value in entering if flow.written else ():
+        memory = memory_of(value)
+        for node in (each for each in flow.written if each in base and memory in flow.written[each]):
+            early = [user for user in value.users if user in inside and order[user] < order[node]]
+            if early:
+                raise CutError(
+                    f"Behind the cut, {early[0]} reads {value} before {node} overwrites that in place in the part that "
+                    "would now run first; cut behind the module that overwrites it."
+                )
 
 
 def cut_points(
@@ -151,52 +215,53 @@ def cut_points(
 
 def cut_points_of(captured: Graph, prefix: str = "") -> list[CutPoint]:
     """As cut_points, of a graph that was captured already. prefix: put before each path."""
-    graph = captured.module.graph
+    graph, flow = captured.module.graph, Flow.of(captured.module.graph)
     macs = node_macs(captured.module, captured.args, captured.kwargs)
     total = sum(macs.values()) // captured.samples
     order = {node: at for at, node in enumerate(graph.nodes)}
+    weights = {
+        node: {id(weight): weight.numel()}
+        for node in graph.nodes
+        if node.op == "get_attr" and isinstance(weight := tensor_at(captured.module, str(node.target)), nn.Parameter)
+    }
+    known: dict[fx.Node, CutPoint] = {}
     points = []
     for path, node in exits(graph).items():
         if isinstance(node, str):
             points.append((len(order), CutPoint(prefix + path, reason=node)))
             continue
-        try:
-            parts = partition(graph, node)
-        except CutError:
-            points.append((order[node], CutPoint(prefix + path, reason="nothing comes after it")))
-            continue
-        base = sum(macs.get(part, 0) for part in parts.base) // captured.samples
-        point = CutPoint(
-            prefix + path,
-            size_words(node.meta["val"]),
-            base,
-            total - base,
-            parameters_read(captured.module, parts.base),
-            parameters_read(captured.module, parts.region),
-            tuple(crossing.name for crossing in parts.crossing),
-        )
-        points.append((order[node], point))
+        if node not in known:
+            known[node] = _point(node, flow, macs, weights, total, captured.samples)
+        points.append((order[node], replace(known[node], path=prefix + path)))
     return [point for _, point in sorted(points, key=lambda item: item[0])]
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = list(node.all_input_nodes)
-    while waiting:
-        above = waiting.pop()
-        if above not in found:
-            found.add(above)
-            waiting.extend(above.all_input_nodes)
-    return found
+def _point(
+    node: fx.Node,
+    flow: Flow,
+    macs: dict[fx.Node, int],
+    weights: dict[fx.Node, dict[int, int]],
+    total: int,
+    samples: int,
+) -> CutPoint:
+    """What a cut behind one node costs; its path is left empty. weights: id and size of the parameter a node gets."""
+    try:
+        parts = partition(node.graph, node, flow=flow)
+    except CutError as error:
+        nothing = "is the network's last value" in str(error)
+        return CutPoint("", reason="nothing comes after it" if nothing else str(error).rstrip("."))
 
+    def params(nodes: tuple[fx.Node, ...]) -> int:
+        read: dict[int, int] = {}
+        for each in nodes:
+            for used in flow.reads[each] if each.op == "call_function" else ():
+                read.update(weights.get(used, {}))
+        return sum(read.values())
 
-def _add_writers(nodes: set[fx.Node], writers: list[fx.Node]) -> None:
-    """Add what writes in place into the memory of these nodes, with all that it needs: nothing else reads its value."""
-    missing = writers
-    while missing:
-        missing = [node for node in writers if node not in nodes and memory_of(node) in nodes]
-        for node in missing:
-            nodes |= {node, *_ancestors(node)}
+    base = sum(macs.get(part, 0) for part in parts.base) // samples
+    crossing = tuple(crossing.name for crossing in parts.crossing)
+    shape = size_words(node.meta["val"])
+    return CutPoint("", shape, base, total - base, params(parts.base), params(parts.region), crossing)
 
 
 def _is_tensor(node: fx.Node) -> bool:

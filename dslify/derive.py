@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import fx
 
-from .axes import AxisMap, Kept, analyse, choose, decide_projections, sizes
+from .axes import AxisMap, Kept, analyse, sizes
+from .depth import residual_branches, shallower
 from .errors import OptionError, VerifyError
 from .isolate import in_child
 from .light import build
 from .verify import PERMUTED, check_light, misfit, misunderstood, permutation_error
+from .widths import choose, decide_projections
 
 ATTEMPTS = 8  # operators that may turn out to be misunderstood before it is given up
 
@@ -44,17 +46,23 @@ def derive(
     depth: float = 1.0,
     projection: bool = True,
     seed: int = 0,
+    samples: int | None = None,
 ) -> Derived:
     """The light path of the region `full`, verified on `inputs` (values of cut and crossing).
 
     An operator whose rule fails the permutation test, or whose narrow copy does not run, is treated as unknown: what it
-    touches stays at full width, and the next attempt begins. Raises VerifyError when that does not help, OptionError
-    for a cost that narrowing cannot reach.
+    touches stays at full width, and the next attempt begins. samples: as in axes.analyse(). Raises VerifyError when
+    that does not help, OptionError for a cost that narrowing cannot reach, or a depth where no branch can be left out.
     """
-    region, dropped = full, ()
+    region, dropped = shallower(full, depth)
+    if depth < 1 and not residual_branches(full):
+        raise OptionError(
+            f"depth {depth} has nothing to leave out: no residual branch behind this cut can go without changing a "
+            "shape; leave depth at 1, or cut earlier."
+        )
     distrusted: dict[str, str] = {}
     while True:
-        axes = analyse(region, distrusted)
+        axes = analyse(region, distrusted, samples)
         if not permutation_error(axes, inputs, seed) < PERMUTED:
             _distrust(distrusted, misunderstood(axes, inputs, seed), "its rule does not hold here", None)
             continue

@@ -5,23 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import signal
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from . import first_layer
 from .errors import LoadError, OptionError
+from .first_layer import inferred, runs, values, words
 
-SECONDS = 20.0  # for all forward passes of one inference
-_SCALE = 0.1  # deviation of the noise: loud enough for every path, too quiet to clip
 _MOST = 2**28  # elements of one input, 1 GiB in float32
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.int8, torch.uint8, torch.int32, torch.int64)
@@ -30,21 +24,32 @@ _DTYPES = {
     for dtype in (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 _SHAPE = re.compile(r"\d+(x\d+)*")
+_WHOLE = ("ids", "mask", "lengths", "labels")  # names that end so hold whole numbers, unless a type is given
+_TOKENS, _SAMPLES = 16, 16000  # lengths of an input of whose length a configuration says nothing
 
 
-def example_inputs_for(model: nn.Module, spec: str | None = None) -> tuple[tuple[Any, ...], str]:
-    """Positional inputs for one forward of `model`, and one clause that says where they come from.
+class Example(NamedTuple):
+    """Inputs of one forward, and one clause that says where they come from."""
 
-    spec: shapes such as "1x3x224x224", several by commas, each with an optional type: "1x16000,1x10:int64". Without it:
-    the example that the network brings (a .pt2's own, `example_input_array`, the input_size of a timm configuration),
-    else what its first layer takes, largest size first, proven by a forward pass. Values are seeded noise; whole
-    numbers are valid indices for every embedding of the network.
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    words: str
+
+
+def example_for(model: nn.Module, spec: str | None = None) -> Example:
+    """Inputs for one forward of `model`, positional and by keyword.
+
+    spec: shapes such as "1x3x224x224", several by commas, each with an optional type ("1x16000,1x10:int64") and name
+    ("input_ids=1x16,attention_mask=1x16:int64"; those named ids or mask are int64). Without it: the example that the
+    network brings (a .pt2's own, `example_input_array`, `dummy_inputs`), what its configuration says (the input_size of
+    timm, the image_size and the like of transformers), else what its first layer takes, largest size first. What is
+    not the network's own example is proven by a forward pass. Values are seeded noise; whole numbers are valid indices
+    for every embedding of the network, and masks let everything through.
 
     Raises OptionError for a spec that cannot be read, LoadError when no input is found.
     """
     if spec is not None:
-        inputs = tuple(_tensor(model, *_parsed(part, spec)) for part in spec.split(","))
-        return inputs, f"input {_words(inputs)} (as given)"
+        return _spelled(model, spec)
     brought = getattr(model, "example_input_array", None)
     if brought is not None:
         return _brought(model, brought)
@@ -52,231 +57,141 @@ def example_inputs_for(model: nn.Module, spec: str | None = None) -> tuple[tuple
         settings = getattr(model, name, None)
         size = settings.get("input_size") if isinstance(settings, Mapping) else getattr(settings, "input_size", None)
         if isinstance(size, (tuple, list)) and size and all(isinstance(axis, int) and axis > 0 for axis in size):
-            inputs = (_tensor(model, (1, *size), None),)
-            return inputs, f"input {_words(inputs)} (from the network's {name})"
-    return _inferred(model)
+            inputs = (values(model, (1, *size), None),)
+            return Example(inputs, {}, f"input {words(inputs)} (from the network's {name})")
+    for kwargs, origin in _configured(model):
+        if runs(model, (), kwargs, first_layer.SECONDS):
+            return _by_name(model, kwargs, f"{origin}, proven by a forward pass")
+    inputs, said = inferred(model)
+    return Example(inputs, {}, said)
 
 
-def _parsed(part: str, spec: str) -> tuple[tuple[int, ...], torch.dtype]:
-    shape, colon, kind = part.strip().partition(":")
+def example_inputs_for(model: nn.Module, spec: str | None = None) -> tuple[tuple[Any, ...], str]:
+    """As example_for, for a network whose inputs are all positional: (inputs, words). Raises LoadError for others."""
+    example = example_for(model, spec)
+    if example.kwargs:
+        raise LoadError(
+            f"The network has inputs by keyword ({', '.join(example.kwargs)}); dslify.example_for gives them, and "
+            "dslify.insert takes them as example_kwargs."
+        )
+    return example.args, example.words
+
+
+def _spelled(model: nn.Module, spec: str) -> Example:
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    known = _names(model)
+    for part in spec.split(","):
+        name, equals, rest = part.strip().rpartition("=")
+        value = values(model, *_parsed(rest.strip(), name, spec), name)
+        if not equals:
+            if kwargs:
+                raise OptionError(
+                    f"--input {spec}: {rest.strip()} has no name and stands behind one that has; name it."
+                )
+            args.append(value)
+            continue
+        if not name.isidentifier() or name in kwargs or name in (known or ())[: len(args)]:
+            raise OptionError(f"--input {spec}: {name!r} cannot be the name of another input; write each name once.")
+        if known is not None and name not in known:
+            raise OptionError(f"--input {spec}: the network has no input {name!r}; its inputs are {', '.join(known)}.")
+        kwargs[name] = value
+    return _named(tuple(args), kwargs, "as given")
+
+
+def _parsed(part: str, name: str, spec: str) -> tuple[tuple[int, ...], torch.dtype]:
+    shape, colon, kind = part.partition(":")
     if not _SHAPE.fullmatch(shape):
         raise OptionError(
-            f"--input {spec}: {part.strip()!r} is no shape; write sizes with x between them and commas between inputs, "
-            "such as 1x1x16000 or 1x3x224x224,1x10:int64."
+            f"--input {spec}: {part!r} is no shape; write sizes with x between them and commas between inputs, "
+            "such as 1x1x16000, 1x3x224x224,1x10:int64 or input_ids=1x16,attention_mask=1x16."
         )
     if colon and kind not in _DTYPES:
         raise OptionError(f"--input {spec}: the type {kind!r} is none of {', '.join(_DTYPES)}.")
     sizes = tuple(int(size) for size in shape.split("x"))
     if not all(sizes) or math.prod(sizes) > _MOST:
         raise OptionError(f"--input {spec}: {shape} has {math.prod(sizes)} elements; give between 1 and {_MOST}.")
-    return sizes, _DTYPES[kind] if colon else torch.float32
+    return sizes, _DTYPES[kind] if colon else torch.int64 if name.endswith(_WHOLE) else torch.float32
 
 
-def _tensor(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-    """Seeded values of a shape; without a dtype, in that of the network's parameters."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
-    generator = torch.Generator().manual_seed(0)
-    if dtype is None:
-        dtype = parameter.dtype
-    if dtype == torch.bool:
-        value = torch.ones(shape, dtype=dtype)  # as a mask: everything counts
-    elif dtype.is_floating_point:
-        value = (torch.randn(shape, generator=generator) * _SCALE).to(dtype)
-    else:
-        entries = [layer.num_embeddings for layer in model.modules() if isinstance(layer, nn.Embedding)]
-        value = torch.randint(0, min([*entries, 128] if entries else [2]), shape, generator=generator).to(dtype)
-    return value.to(parameter.device)
-
-
-def _brought(model: nn.Module, brought: Any) -> tuple[tuple[Any, ...], str]:
-    keywords = getattr(model, "example_kwargs", None)
-    if keywords or isinstance(brought, Mapping):
-        names = ", ".join(keywords or brought)
-        raise LoadError(
-            f"The network's own example has inputs by keyword ({names}); from Python, give them to dslify.insert as "
-            "example_kwargs, or export the network with positional inputs."
-        )
-    inputs = tuple(brought) if isinstance(brought, (tuple, list)) else (brought,)
-    if not inputs or not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs)):
-        raise LoadError("The network's example_input_array holds no tensor; give the shape with --input 1x1x16000.")
-    source = "the archive's own example" if keywords is not None else "the network's example_input_array"
-    return inputs, f"input {_words(inputs)} ({source})"
-
-
-@dataclass(frozen=True)
-class _Guess:
-    """A layer that may be the first one, and the inputs it could be fed with, best first."""
-
-    name: str
-    words: str
-    shapes: list[tuple[int, ...]]
-    dtype: torch.dtype | None = field(default=None)
-
-
-def _inferred(model: nn.Module) -> tuple[tuple[Any, ...], str]:
-    needed = _needed(model)
-    if len(needed) != 1:
-        shapes = ",".join(["1x1x16000", *["1x10"] * (len(needed) - 1)])
-        raise LoadError(
-            f"The network's forward needs {len(needed)} inputs ({', '.join(needed)}); give --input {shapes}."
-        )
-    guesses = list(_guesses(model))
-    queue = guesses[:8]
-    if guesses:
-        queue.append(_Guess("", "", _LAST_RESORT))
-    end = time.monotonic() + SECONDS
-    tried: set[Any] = set()
-    accident: tuple[tuple[Any, ...], _Guess] | None = None
-    while queue:
-        guess = queue.pop(0)
-        for shape in guess.shapes:
-            if (shape, guess.dtype) in tried or time.monotonic() > end:
-                continue
-            tried.add((shape, guess.dtype))
-            inputs = (_tensor(model, shape, guess.dtype),)
-            first = _first_called(model, inputs, guesses, end - time.monotonic())
-            if first is guess or (first is not None and guess.shapes is _LAST_RESORT and accident is None):
-                return inputs, _inference(inputs, first)
-            if first is not None:  # it runs, but the shape was another layer's: ask the one that was called first
-                accident = accident or (inputs, guess)
-                queue = [first, *(other for other in queue if other is not first)]
-                break
-    if accident is not None:
-        return accident[0], _inference(*accident)
-    raise LoadError(
-        f"No input was found on which {type(model).__name__} runs ({len(tried)} shapes tried); give its shape with "
-        "--input, such as --input 1x1x16000 or --input 1x3x224x224."
-    )
-
-
-def _inference(inputs: tuple[Any, ...], first: _Guess) -> str:
-    from_what = f"inferred from {first.name or 'the network'}, {first.words}"
-    return f"input {_words(inputs)} ({from_what}, proven by a forward pass)"
-
-
-def _needed(model: nn.Module) -> list[str]:
-    """Names of the inputs that a forward cannot do without; the first one where none is required."""
+def _names(model: nn.Module) -> list[str] | None:
+    """The names that a forward takes, None where it takes any."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
-        return ["input"]
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
-    return required or ["input"]
-
-
-def _guesses(model: nn.Module) -> Iterator[_Guess]:
-    """The parametric layers in the order of registration, with what each could take."""
-    kinds = [type(layer).__name__ for layer in model.modules()]
-    sequential = any(word in kind for kind in kinds for word in ("LSTM", "GRU", "RNN", "Attention", "Conv1d"))
-    for name, layer in model.named_modules():
-        guess = _guess(name, layer, sequential)
-        if guess is not None:
-            yield guess
-
-
-_LENGTHS = (16000, 16384, 4096, 1024, 512, 256, 128, 64, 32, 16)
-_FRAMES = (512, 256, 128, 100, 64, 32, 16)  # where the channels are features: attention over more is costly
-_SIDES = (224, 256, 128, 96, 64, 32, 28, 16)
-_LAST_RESORT: list[tuple[int, ...]] = [(1, 1, 16000), (1, 16000), (1, 2, 44100), (1, 3, 224, 224)]
-
-
-def _guess(name: str, layer: nn.Module, sequential: bool) -> _Guess | None:
-    kind = type(layer).__name__.removeprefix("Parametrized")
-    article = "an" if kind[0] in "AEIO" or kind in ("LSTM", "RNN") else "a"
-    shapes: list[tuple[int, ...]]
-    match layer:
-        case nn.Conv1d() | nn.ConvTranspose1d():
-            channels = layer.in_channels
-            lengths = _LENGTHS if channels <= 8 else _FRAMES
-            shapes = [(1, channels, length) for length in lengths]
-            if channels == 1:  # (batch, time), the channel axis added inside
-                shapes += [(1, length) for length in lengths]
-        case nn.Conv2d() | nn.ConvTranspose2d():
-            channels = layer.in_channels
-            shapes = [(1, channels, side, side) for side in _SIDES]
-            if channels == 1:  # a spectrogram is computed inside
-                shapes += [shape for length in _LENGTHS[:4] for shape in ((1, 1, length), (1, length))]
-        case nn.Conv3d() | nn.ConvTranspose3d():
-            channels = layer.in_channels
-            shapes = [(1, channels, 16, side, side) for side in (112, 64, 32, 16)]
-        case nn.Linear():
-            channels = layer.in_features
-            shapes = [(1, 16, channels), (1, channels)] if sequential else [(1, channels), (1, 16, channels)]
-        case nn.Embedding():
-            channels, shapes = layer.num_embeddings, [(1, 16), (1, 8), (1,)]
-            return _Guess(name, f"{article} {kind} with {channels} entries", shapes, torch.int64)
-        case nn.RNNBase():
-            channels = layer.input_size
-            shapes = [(1, 100, channels) if layer.batch_first else (100, 1, channels)]
-        case nn.TransformerEncoderLayer() | nn.MultiheadAttention():
-            attention = layer.self_attn if isinstance(layer, nn.TransformerEncoderLayer) else layer
-            channels = attention.embed_dim
-            shapes = [(1, 16, channels) if attention.batch_first else (16, 1, channels)]
-        case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.GroupNorm():
-            channels = layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features
-            shapes = [(1, channels, 64, 64), (1, channels, 512), (1, channels)]
-        case nn.LayerNorm():
-            channels = layer.normalized_shape[-1]
-            shapes = [(1, 16, *layer.normalized_shape), (1, *layer.normalized_shape)]
-        case _:
-            return None
-    return _Guess(name, f"{article} {kind} with {channels} channel{'s' if channels != 1 else ''}", shapes)
-
-
-def _first_called(model: nn.Module, inputs: tuple[Any, ...], guesses: list[_Guess], seconds: float) -> _Guess | None:
-    """Run a forward; the parametric layer that was called first, or None if the network did not take the inputs."""
-    called: list[_Guess] = []
-
-    def remember(guess: _Guess) -> Callable[..., None]:
-        return lambda *_: called.append(guess)
-
-    handles = [model.get_submodule(guess.name).register_forward_pre_hook(remember(guess)) for guess in guesses]
-    flags = {module: module.training for module in model.modules()}
-    try:
-        for module in flags:
-            module.training = False
-        with _limited(seconds), torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            outputs = model(*inputs)
-    except (Exception, _OutOfTime):
         return None
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, flag in flags.items():
-            module.training = flag
-    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return called[0] if called and tensors and all(tensor.numel() for tensor in tensors) else None
+    if any(parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) for parameter in parameters):
+        return None
+    return [parameter.name for parameter in parameters]
 
 
-class _OutOfTime(BaseException):
-    """No Exception, so that a network that catches those cannot catch this."""
+def _brought(model: nn.Module, brought: Any) -> Example:
+    keywords = getattr(model, "example_kwargs", None)
+    source = "the archive's own example" if keywords is not None else "the network's example_input_array"
+    kwargs = dict(keywords or {})
+    if isinstance(brought, Mapping):
+        inputs, kwargs = (), {**brought, **kwargs}
+    else:
+        inputs = tuple(brought) if isinstance(brought, (tuple, list)) else (brought,)
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((inputs, kwargs))):
+        raise LoadError("The network's example_input_array holds no tensor; give the shape with --input 1x1x16000.")
+    return _named(inputs, kwargs, source)
 
 
-@contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Stop the block after `seconds`; without effect outside the main thread, where signals do not arrive."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
+def _configured(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Inputs by name that a network of transformers may take: its own dummies, then what its configuration says."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or not isinstance(main, str):
         return
+    dummies = getattr(model, "dummy_inputs", None)
+    if isinstance(dummies, Mapping) and main in dummies:
+        yield dict(dummies), "the network's dummy_inputs"
+    tokens = {"decoder_input_ids": (1, _TOKENS)} if getattr(config, "is_encoder_decoder", False) else {}
+    for shape in _shapes_of(config, main):
+        for more in (tokens, {"pixel_values": next(_shapes_of(config, "pixel_values"))}):
+            shapes = {main: shape, **more}
+            dtypes = {name: torch.int64 if name.endswith(_WHOLE) else None for name in shapes}
+            kwargs = {name: values(model, size, dtypes[name], name) for name, size in shapes.items()}
+            yield kwargs, f"from the network's config and its main input, {main}"
 
-    def stop(*_: Any) -> None:
-        raise _OutOfTime
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+def _shapes_of(config: Any, name: str) -> Iterator[tuple[int, ...]]:
+    """Shapes that an input of this name can have under a configuration of transformers, the likeliest first."""
+
+    def said(word: str, default: int) -> int:
+        for part in (config, getattr(config, "vision_config", None), getattr(config, "audio_config", None)):
+            value = getattr(part, word, None)
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            if isinstance(value, int) and value > 0:
+                return value
+        return default
+
+    side = said("image_size", 224)
+    match name:
+        case "pixel_values":
+            yield (1, said("num_channels", 3), side, side)
+        case "pixel_values_videos":
+            yield (1, said("num_frames", 16), said("num_channels", 3), side, side)
+        case "input_features":  # frames are halved once before the positions are added
+            yield (1, said("num_mel_bins", 80), 2 * said("max_source_positions", 1500))
+            yield (1, 100, said("num_mel_bins", said("input_feat_per_channel", 80)))
+        case "input_values":
+            yield (1, _SAMPLES)
+            yield (1, said("audio_channels", 1), _SAMPLES)
+            yield (1, said("max_length", 1024), said("num_mel_bins", 128))
+        case _:
+            yield (1, min(_TOKENS, said("max_position_embeddings", _TOKENS)))
 
 
-def _words(inputs: tuple[Any, ...]) -> str:
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return ", ".join(
-        ("x".join(map(str, tensor.shape)) or "scalar")
-        + ("" if tensor.is_floating_point() else f" {str(tensor.dtype).removeprefix('torch.')}")
-        for tensor in tensors
-    )
+def _by_name(model: nn.Module, kwargs: dict[str, Any], origin: str) -> Example:
+    """A single input that comes first in the forward is positional, so that net(x) works."""
+    first = next(iter(inspect.signature(model.forward).parameters), None)
+    if list(kwargs) == [first]:
+        return _named(tuple(kwargs.values()), {}, origin)
+    return _named((), kwargs, origin)
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any], origin: str) -> Example:
+    parts = [words(args)] if args else []
+    parts += [f"{name} {words(value)}" for name, value in kwargs.items() if words(value)]
+    return Example(args, kwargs, f"input {', '.join(parts)} ({origin})")

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range")
@@ -26,6 +27,11 @@ def tensor_at(module: nn.Module, target: str) -> Any:
     """The parameter, buffer or attribute under a dotted name."""
     owner, _, name = target.rpartition(".")
     return getattr(module.get_submodule(owner), name)
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors among the leaves of nested inputs or outputs."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def put_tensor(module: nn.Module, target: str, value: Any) -> None:
@@ -84,17 +90,34 @@ def drop_assertions(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def functionalise(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """Replace in-place ATen operators by functional ones; returns those that had to stay
-    because they write through a view."""
+def functionalise(graph: fx.Graph, unseen: frozenset[fx.Node] = frozenset()) -> tuple[fx.Node, ...]:
+    """Replace in-place ATen operators by functional ones, also inside regions of their own (autocast, no-grad); returns
+    those of this graph that had to stay because they write through a view.
+
+    unseen: inputs of the graph whose memory nobody reads afterwards, so that a write to it may go.
+    """
     order = {node: at for at, node in enumerate(graph.nodes)}
     kept = []
     for node in list(graph.nodes):
+        inner = inner_graph(node)
+        if inner is not None:
+            body, operands = inner
+            inputs = [each for each in body.graph.nodes if each.op == "placeholder"]
+            free = {
+                each
+                for each, operand in zip(inputs, operands, strict=True)
+                if operands.count(operand) == 1 and not _seen_afterwards(operand, node, order, unseen)
+            }
+            functionalise(body.graph, frozenset(free))
+            body.recompile()
+            if memories_written(node):
+                kept.append(node)
+            continue
         functional = functional_overload(node)
         if functional is None:
             continue
         written = node.args[0]
-        if _seen_through_alias(written, node, order):
+        if _seen_through_alias(written, node, order, unseen):
             kept.append(node)
             continue
         node.target = functional
@@ -102,6 +125,18 @@ def functionalise(graph: fx.Graph) -> tuple[fx.Node, ...]:
             if user is not node and order[user] > order[node]:
                 user.replace_input_with(written, node)
     return tuple(kept)
+
+
+def inner_graph(node: fx.Node) -> tuple[fx.GraphModule, tuple[Any, ...]] | None:
+    """The graph that a higher-order operator runs (under autocast or set_grad_enabled), and what it is given."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.graph.owning_module is None:
+        return None
+    for at, value in enumerate(node.args):
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            body = tensor_at(node.graph.owning_module, str(value.target))
+            if isinstance(body, fx.GraphModule):
+                return body, node.args[at + 1 :]
+    return None
 
 
 def functional_overload(node: fx.Node) -> Any:
@@ -114,22 +149,44 @@ def functional_overload(node: fx.Node) -> Any:
 
 
 def writes_in_place(node: fx.Node) -> bool:
-    """Whether an ATen call writes into one of its arguments."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return any(
-        argument.alias_info is not None and argument.alias_info.is_write for argument in node.target._schema.arguments
-    )
+    """Whether a call writes into one of its arguments."""
+    return bool(memories_written(node))
+
+
+def memories_written(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes that made the memory which a call writes into."""
+    written: list[Any] = []
+    if isinstance(node.target, torch._ops.OpOverload):
+        for at, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written.append(node.args[at] if at < len(node.args) else node.kwargs.get(argument.name))
+    elif (inner := inner_graph(node)) is not None:
+        body, operands = inner
+        inputs = [each for each in body.graph.nodes if each.op == "placeholder"]
+        inside = {memory for each in body.graph.nodes for memory in memories_written(each)}
+        written = [operand for each, operand in zip(inputs, operands, strict=True) if each in inside]
+    return tuple(memory_of(value) for value in pytree.tree_leaves(written) if isinstance(value, fx.Node))
 
 
 def aliases(node: fx.Node) -> fx.Node | None:
     """The argument whose memory the node's value may share, if any."""
     if not isinstance(node.target, torch._ops.OpOverload):
         is_getitem = node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
-        return node.args[0] if is_getitem and isinstance(node.args[0], fx.Node) else None
+        if not is_getitem or not isinstance(node.args[0], fx.Node):
+            return None
+        inner = inner_graph(node.args[0])
+        return _given_out(*inner, int(node.args[1])) if inner is not None else node.args[0]  # type: ignore[arg-type]
     name = op_name(node).split(".")[1]
     shares = any(value.alias_info is not None for value in node.target._schema.returns) or name in _IDENTITY_IN_EVAL
     return node.args[0] if shares and node.args and isinstance(node.args[0], fx.Node) else None
+
+
+def _given_out(body: fx.GraphModule, operands: tuple[Any, ...], at: int) -> fx.Node | None:
+    """The operand whose memory a region of its own gives out again as its output `at`, if any."""
+    inputs: list[fx.Node] = [node for node in body.graph.nodes if node.op == "placeholder"]
+    output = next(iter(reversed(body.graph.nodes))).args[0][at]  # type: ignore[index]
+    memory = memory_of(output) if isinstance(output, fx.Node) else None
+    return operands[inputs.index(memory)] if memory in inputs else None
 
 
 def memory_of(node: fx.Node) -> fx.Node:
@@ -139,15 +196,26 @@ def memory_of(node: fx.Node) -> fx.Node:
     return node
 
 
-def _seen_through_alias(written: Any, writer: fx.Node, order: dict[fx.Node, int]) -> bool:
+def _seen_through_alias(
+    written: Any, writer: fx.Node, order: dict[fx.Node, int], unseen: frozenset[fx.Node] = frozenset()
+) -> bool:
     """Whether somebody after `writer` reads the written memory under another name than `written`."""
-    root = memory_of(written)
-    if root.op in ("placeholder", "get_attr"):
+    return _seen_afterwards(written, writer, order, unseen, but=written)
+
+
+def _seen_afterwards(
+    value: Any, after: fx.Node, order: dict[fx.Node, int], unseen: frozenset[fx.Node], but: fx.Node | None = None
+) -> bool:
+    """Whether somebody after the node `after` reads the memory of `value` under any name but `but`."""
+    if not isinstance(value, fx.Node):
+        return False
+    root = memory_of(value)
+    if root.op in ("placeholder", "get_attr") and root not in unseen:
         return True
     names = {root}
     for node in order:
-        below = aliases(node)
-        if below in names and node is not writer:
+        if (
+            aliases(node) in names and node is not after and node.args[0] is not after
+        ):  # what it gives out it has written
             names.add(node)
-    downstream = {written}
-    return any(order[user] > order[writer] for name in names - downstream for user in name.users if user is not writer)
+    return any(order[user] > order[after] for name in names - {but} for user in name.users if user is not after)

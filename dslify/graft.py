@@ -59,9 +59,13 @@ def make_layer(
     inputs: Sequence[Any],
     mask: str,
     seed: int,
+    samples: Layout,
 ) -> DSLayer:
-    """The DSLayer of a cut, in eval mode, with a fresh mask ("channel" or "element") and switch."""
-    batch = _batch_symbol(module.graph)
+    """The DSLayer of a cut, in eval mode, with a fresh mask ("channel" or "element") and switch.
+
+    samples: where the graph's first input keeps its samples.
+    """
+    batch = batch_of(module.graph, samples)
     entering = [layout(node, batch) for node in (parts.cut, *parts.crossing)]
     leaving = [layout(node, batch) for node in parts.outputs]
     first = entering[0] if entering[0] is not None and entering[0].axis is not None else Layout(0)
@@ -132,14 +136,22 @@ def _cut_channels(boundary: Boundary, first: Layout) -> int:
     return at
 
 
-def _batch_symbol(graph: fx.Graph) -> Any:
-    """The symbol of the first input's first axis, None where the capture fixed it."""
+def batch_of(graph: fx.Graph, samples: Layout) -> Any:
+    """The symbol of the batch size, None where the capture fixed it. samples: as in make_layer()."""
     for node in graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, Tensor) and value.dim():
-            size = symbolic(value.shape[0])
-            return None if isinstance(size, int) else size
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.dim() and samples.axis is not None:
+            size = symbolic(value.shape[samples.axis])
+            return None if isinstance(size, int) else size / samples.per_sample
     return None
+
+
+def samples_of(graph: fx.Graph, samples: Layout) -> int | None:
+    """Batch size of the captured values; None where the capture fixed it. samples: as in make_layer()."""
+    if batch_of(graph, samples) is None:
+        return None
+    first = next(node for node in graph.nodes if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor))
+    return int(first.meta["val"].shape[samples.axis].node.hint) // samples.per_sample
 
 
 def layout(node: fx.Node, batch: Any) -> Layout | None:

@@ -8,11 +8,13 @@ except operators of torch.ops and the functions listed here.
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import keyword
 import math
 import operator
 import re
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -64,7 +66,9 @@ def encode(
 
     tensors: receives every parameter and buffer under the name it is met by first (`prefix` + dotted name); one that is
     in it already is referred to, so tied tensors stay tied. submodule(module, prefix): describes modules that the graph
-    calls. Raises StoreError naming what has no place in a file.
+    calls. Inputs and outputs keep tuples, lists, dicts and the output classes of transformers; other dataclasses are
+    dicts of the same names when the file is read, and named tuples are tuples. Raises StoreError naming what has no
+    place in a file.
     """
     tensors = {} if tensors is None else tensors
     keys = {id(tensor): key for key, tensor in tensors.items()}
@@ -230,13 +234,32 @@ def _encode_codegen(graph: fx.Graph) -> dict[str, Any] | None:
         raise StoreError(f"graphs with {type(codegen).__name__} cannot be stored.")
     info = codegen.pytree_info
     try:
-        specs = [spec if spec is None else pytree.treespec_dumps(spec) for spec in (info.in_spec, info.out_spec)]
+        specs = [
+            spec if spec is None else pytree.treespec_dumps(_plain(spec)) for spec in (info.in_spec, info.out_spec)
+        ]
     except RuntimeError as error:  # what pytree raises for a type it has no name for is one
         raise StoreError(f"the network's inputs or outputs have a type that cannot be stored: {error}") from None
     for at, text in enumerate(specs):
         if text is not None:
             tree_spec(text, arguments=at == 0)
     return {"arguments": [identifier(name) for name in info.orig_args], "in": specs[0], "out": specs[1]}
+
+
+def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """A tree in which classes that a file may not name are the dicts and tuples of the same entries: a dataclass, an
+    output class outside of transformers, a named tuple."""
+    if spec.is_leaf():
+        return spec
+    kind, context, children = spec.type, spec.context, [_plain(child) for child in spec.children()]
+    registered = pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
+    name = str(registered.serialized_type_name) if registered is not None else ""
+    if name not in _TREES and not _MODEL_OUTPUT.fullmatch(name):
+        if pytree.is_namedtuple_class(kind) or kind is namedtuple:
+            kind, context = tuple, None
+        elif dataclasses.is_dataclass(kind) and isinstance(context, list):
+            keys = context[0] if context and isinstance(context[0], list) else context  # of torch, of transformers
+            kind, context = dict, list(keys)
+    return pytree.TreeSpec(kind, context, children)
 
 
 def _decode_codegen(data: Mapping[str, Any]) -> _PyTreeCodeGen:

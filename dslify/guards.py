@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -71,11 +72,16 @@ def _evaluate(tree: ast.expr, sizes: Mapping[str, int]) -> Any:
     raise OptionError(f"An input check of the captured network cannot be evaluated: {ast.unparse(tree)}.")
 
 
-def add_guards(graph: fx.Graph, exported: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """One call_module node `_guards` behind the inputs that checks what export assumed of their shapes."""
+def add_guards(
+    graph: fx.Graph, exported: Any, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """One call_module node `_guards` behind the inputs that checks what export assumed of their shapes.
+
+    signature: of the forward that was exported, whose names export's guards use.
+    """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     checks: list[str] = []
-    sources = _sources(graph, args, kwargs)
+    sources = _sources(signature, args, kwargs)
     first: dict[Any, str] = {}
     for at, node in enumerate(inputs):
         value = node.meta.get("val")
@@ -111,9 +117,10 @@ def _is_arithmetic(line: str) -> bool:
     return True
 
 
-def _sources(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+def _sources(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
     """How export's guards write each flat input ("L['x'][0]"), longest first -> its position."""
-    names = graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
-    paths = [f"L{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(named)[0]]
-    return dict(sorted(((path, at) for at, path in enumerate(paths)), key=lambda item: -len(item[0])))
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    numbered_args, numbered_kwargs = pytree.tree_unflatten(range(len(leaves)), spec)
+    named = dict(signature.bind(*numbered_args, **numbered_kwargs).arguments)
+    paths = {f"L{pytree.keystr(path)}": at for path, at in pytree.tree_flatten_with_path(named)[0]}
+    return dict(sorted(paths.items(), key=lambda item: -len(item[0])))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from .axes import node_macs
 from .capture import Graph, capture, evaluating, scope_inputs
 from .cut import find_cut, partition
 from .derive import derive
 from .errors import OptionError, VerifyError
+from .example_inputs import example_for
 from .functional import copied, parameters_read, size_words
-from .graft import assemble, inline, make_layer, region_inputs, region_module
-from .macs import node_macs, parameter_count
+from .graft import assemble, make_layer, region_inputs, region_module, samples_of
+from .macs import parameter_count
+from .nest import flatten, host_of, plain
 from .plan import Plan, narrowed, projections
-from .switch import DSLayer, dsl_layers, route
+from .survey import Survey
+from .switch import Layout, dsl_layers, route
+from .widths import choose
 
 MASKS = ("channel", "element")
 EXACT = 1e-6  # relative: full route against the given network
@@ -51,6 +56,8 @@ class Request:
                 f"depth is the share of residual branches that the light path keeps, above 0 and at most 1; got "
                 f"{self.depth}."
             )
+        if self.at == "auto" and self.to:
+            raise OptionError("at=auto chooses a cut for everything behind it, so it excludes `to`; give one of them.")
         if self.mask not in MASKS:
             raise OptionError(f"mask is one of {', '.join(MASKS)}; got {self.mask!r}.")
         if self.scope:
@@ -75,14 +82,15 @@ def insert(
 ) -> nn.Module:
     """Cut `model` behind `at` and put a Dynamic Switch Layer there.
 
-    model: left untouched, nothing is shared with it. at: path of a submodule ("encoder.block3") or name of a graph
-    node. width: share of every free axis that the light path keeps, in (0, 1]. cost: instead of a width, the share of
-    the region's MACs that the light path may have, in (0, 1). example_inputs: positional inputs of one forward
-    (tensors of shape (batch, ...)); found out when not given (dslify.example_inputs_for). scope: submodule whose
-    forward is captured; the rest of the model need not be capturable. to: last module of the region (default:
-    everything behind the cut). mask: "channel" or "element". projection: let a learned 1x1 projection narrow the trunk
-    where that saves MACs. depth: share of the residual branches (by MACs) that the light path keeps, in (0, 1]. seed:
-    of the switch's first weights.
+    model: left untouched, nothing is shared with it. at: path of a submodule ("encoder.block3"), name of a graph node,
+    or "auto" (see dslify.choose_cut). width: share of every free axis that the light path keeps, in (0, 1]. cost:
+    instead of a width, the share of the region's MACs that the light path may have, in (0, 1). example_inputs,
+    example_kwargs: inputs of one forward (tensors of shape (batch, ...)); found out when not given
+    (dslify.example_for). scope: submodule whose forward is captured; the rest of the model need not be capturable. to:
+    last module of the region (default: everything behind the cut). mask: "channel" or "element". projection: let a
+    learned 1x1 projection narrow the trunk where that saves MACs. depth: share of the residual branches (by MACs) that
+    the light path keeps, in (0, 1]. seed: of the switch's first weights. A network that holds a layer already gets
+    another one: inside the full path of the first, before it or after it.
 
     Returns a new module in eval mode: the captured graph with a DSLayer as one node, or with `scope` a copy of the
     model that holds it. Its full route is the given network. Untrained, it takes the full path always (threshold 0).
@@ -90,11 +98,13 @@ def insert(
     """
     request = Request(at, width, scope, to, mask, projection, cost, depth, seed)
     if example_inputs is None:
-        from .load import example_inputs_for
-
-        example_inputs, _ = example_inputs_for(model)
+        example_inputs, example_kwargs, _ = example_for(model)
     inner, args, kwargs = scope_inputs(model, scope, example_inputs, example_kwargs)
-    net = insert_into(capture(inner, args, kwargs), request)
+    net = (
+        insert_again(inner, request, args, kwargs)
+        if dsl_layers(inner)
+        else insert_into(capture(inner, args, kwargs), request)
+    )
     if scope is None:
         return net
     with evaluating(model):
@@ -103,17 +113,46 @@ def insert(
     return whole
 
 
-def insert_into(captured: Graph, request: Request) -> fx.GraphModule:
-    """insert() for a network that is captured already (of the scope, if there is one); consumes the capture."""
-    module = captured.module
+def insert_again(net: nn.Module, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """insert() for a network with layers: into its own graph, or into the full path that the cut lies in."""
+    if not isinstance(net, fx.GraphModule):
+        inside = next(name for name, module in net.named_modules() if isinstance(module, fx.GraphModule))
+        raise OptionError(f"The network has a switched part, {inside}; cut inside it with --scope {inside}.")
+    if request.at == "auto":
+        raise OptionError("at=auto chooses the first cut of a network, and this one has a layer; name the second cut.")
+    net = cast(fx.GraphModule, copied(net))
+    host = host_of(net, request.at, args, kwargs)
+    cut = insert_into(host.graph, request, host.first)
+    if host.layer is None:
+        return cut
+    cut.meta.pop("dslify")
+    host.layer.full = cut
+    return net
+
+
+def insert_into(captured: Graph, request: Request, first: Layout | None = None) -> fx.GraphModule:
+    """insert() for a network that is captured already (of the scope, if there is one); consumes the capture.
+
+    first: where the graph's first input keeps its samples (on its first axis).
+    """
+    module, first = captured.module, first or Layout(0)
+    samples = samples_of(module.graph, first)
+    why = ""
+    if request.at == "auto":
+        prefix = f"{request.scope}." if request.scope else ""
+        point, why = Survey(captured, request.width, request.projection, prefix).auto()
+        request = replace(request, at=point.path.removeprefix(prefix))
     cut = find_cut(module.graph, request.at, module)
     parts = partition(module.graph, cut, find_cut(module.graph, request.to) if request.to else None)
     full = region_module(module, parts)
     inputs = region_inputs(module, parts, captured)
-    derived = derive(full, inputs, request.width, request.cost, request.depth, request.projection, request.seed)
+    region = plain(full)
+    derived = derive(
+        region, inputs, request.width, request.cost, request.depth, request.projection, request.seed, samples
+    )
     axes, kept, projected = derived.axes, derived.kept, derived.projected
-    layer = make_layer(module, parts, axes, derived.light, full, inputs, request.mask, request.seed)
-    macs, samples = node_macs(module, captured.args, captured.kwargs), captured.samples
+    layer = make_layer(module, parts, axes, derived.light, full, inputs, request.mask, request.seed, first)
+    macs = node_macs(module, samples)
     layer.plan = Plan(
         at=request.at,
         scope=request.scope,
@@ -123,13 +162,14 @@ def insert_into(captured: Graph, request: Request) -> fx.GraphModule:
         crossing=tuple(node.name for node in parts.crossing),
         params={
             "base": parameters_read(module, parts.base),
-            "full": parameter_count(full),
+            "full": parameter_count(region),
             "light": parameter_count(derived.light),
         },
         macs={
-            "base": sum(macs.get(node, 0) for node in parts.base) // samples,
-            "full": sum(macs.get(node, 0) for node in parts.region) // samples,
+            "base": sum(macs.get(node, 0) for node in parts.base),
+            "full": sum(node_macs(region, samples).values()),
             "light": axes.macs(kept, projected),
+            "unprojected": axes.macs(choose(axes, derived.width) if derived.width < 1 else {}),
         },
         projections=projections(axes, kept, projected),
         tensors=narrowed(axes, kept, projected),
@@ -137,6 +177,7 @@ def insert_into(captured: Graph, request: Request) -> fx.GraphModule:
         depth=request.depth,
         dropped=derived.dropped,
         distrusted=derived.distrusted,
+        why=why,
         seed=request.seed,
     )
     net = assemble(module, parts, layer)
@@ -159,14 +200,12 @@ def remove(net: nn.Module) -> nn.Module:
     """
     if not dsl_layers(net):
         raise OptionError("This network holds no Dynamic Switch Layer that could be removed.")
-    plain = copied(net)
-    for module in list(plain.modules()):
+    whole = copied(net)
+    flatten(whole)
+    for module in whole.modules():
         if isinstance(module, fx.GraphModule):
-            for node in list(module.graph.nodes):
-                if node.op == "call_module" and isinstance(module.get_submodule(node.target), DSLayer):
-                    inline(module, node)
             module.meta.pop("dslify", None)
-    return plain
+    return whole
 
 
 def _check_full_route(net: fx.GraphModule, captured: Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import tempfile
@@ -59,6 +60,7 @@ def in_child(check: Callable[[], None]) -> None:
 def _answer(check: Callable[[], None], answer: Any) -> None:
     """The child's part: run, write the message of a failure, leave without the parent's exit handlers."""
     try:
+        faulthandler.disable()  # a crash is reported by the parent
         torch.set_num_threads(1)  # the parent's thread pool did not come along
         check()
     except DslifyError as error:

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from .axes import AxisMap, Kept, sizes
 from .functional import op_name, put_tensor, tensor_at
-from .rules import Axis, arguments, indices, project, set_argument
+from .rules import Axis, Scaled, arguments, indices, project, set_argument
 
 aten = torch.ops.aten
 
@@ -21,7 +21,7 @@ def strongest(axes: AxisMap, kept: Kept) -> dict[Axis, Tensor]:
     """For each atom the entries to keep, in order: those with the largest L2 norm over all parameters
     that contain it."""
     strength: dict[Axis, Tensor] = {}
-    for name in axes.weights():
+    for name in axes.weights:
         weight = tensor_at(axes.region, name)
         if not weight.is_floating_point():
             continue
@@ -120,12 +120,11 @@ def _resized(
         axis = axes.binding.terms[old.args[0]][old.args[1]].find()  # type: ignore[index]
         before, after = axis.hint, size(axis)
         if before != after:  # the graph goes on to reckon in the original sizes
-            shared = math.gcd(before, after)
-            scaled = graph.call_function(operator.mul, (new, before // shared))
-            return graph.call_function(operator.floordiv, (scaled, after // shared))
+            return _scaled(graph, new, after, before)
         return new
     for argument, compute in axes.binding.rewrites.get(old, {}).items() if kept else ():
-        value = map_arg(compute(size), lambda n: env[n])
+        with graph.inserting_before(new):
+            value = _written(graph, compute(size), env)
         if argument == "split_sizes" and "split_with_sizes" not in name:
             new.target, new.args, new.kwargs = (
                 aten.split_with_sizes.default,
@@ -135,6 +134,24 @@ def _resized(
         else:
             set_argument(new, argument, value)
     return new
+
+
+def _written(graph: fx.Graph, value: Any, env: dict[fx.Node, fx.Node]) -> Any:
+    """An argument in terms of the narrow copy's nodes."""
+    match value:
+        case Scaled():
+            return _scaled(graph, env[value.node], value.before, value.after)
+        case list() | tuple():
+            return [_written(graph, item, env) for item in value]
+    return map_arg(value, lambda n: env[n])
+
+
+def _scaled(graph: fx.Graph, size: fx.Node, before: int, after: int) -> fx.Node:
+    """size // before * after, for a size that is a multiple of what `before` has more than `after`."""
+    shared = math.gcd(before, after)
+    return graph.call_function(
+        operator.floordiv, (graph.call_function(operator.mul, (size, after // shared)), before // shared)
+    )
 
 
 def _project(

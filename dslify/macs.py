@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,26 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from .recurrent import OVERLOADS, outputs_like, recurrent_macs
+
 
 def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-# torch 2.12 counts attention on GPUs only
-_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+def _cpu_lstm(input: Any, input_weight: Any, hidden_weight: Any, *_: Any, **__: Any) -> int:
+    """FLOP of one layer in one direction, of shapes: (time, batch, features) and the two weight matrices."""
+    return 2 * input[0] * input[1] * (math.prod(input_weight) + math.prod(hidden_weight))
+
+
+# torch 2.12 counts attention on GPUs only, and no LSTM that oneDNN runs
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten.mkldnn_rnn_layer: _cpu_lstm,
+}
+
+
+_RECURRENT = frozenset(OVERLOADS.values())
 
 
 def counting() -> FlopCounterMode:
@@ -48,6 +62,10 @@ def node_macs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, A
 
     class Counting(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
+            if n.op == "call_function" and n.target in _RECURRENT:  # fake tensors would go through it step by step
+                inputs, settings = self.fetch_args_kwargs_from_env(n)
+                found[n] = recurrent_macs(inputs[0], inputs[2])
+                return outputs_like(*inputs, **settings)
             before = counter.get_total_flops()
             result = super().run_node(n)
             found[n] = (counter.get_total_flops() - before) // 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +11,16 @@ import typer
 
 from .errors import OptionError
 
+PICTURES = (".svg", ".png", ".html")  # what --picture writes, by suffix
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="model.pt, model.pt2, timm:resnet18, torchvision:..., pkg.mod:factory")
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE.dsl", help="what dslify insert wrote")]
 Data = Annotated[str, typer.Option("--data", metavar="FOLDER", help="folder of audio, array file, or pkg.mod:factory")]
 Input = Annotated[
-    str | None, typer.Option("--input", metavar="SHAPE", help="example inputs: 1x1x16000, or 1x3x224x224,1x10:int64")
+    str | None,
+    typer.Option("--input", metavar="SHAPE", help="example inputs: 1x1x16000, or 1x3x224x224,1x10:int64, or name=1x10"),
 ]
 Scope = Annotated[str | None, typer.Option("--scope", metavar="MODULE", help="capture this submodule only")]
 Trust = Annotated[
@@ -37,8 +41,8 @@ Write = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.dsl"
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
 
-# insert, finetune, calibrate, evaluate
-At = Annotated[str, typer.Option("--at", metavar="MODULE", help="cut behind this module")]
+# inspect, insert, finetune, calibrate, evaluate
+At = Annotated[str, typer.Option("--at", metavar="MODULE", help="cut behind this module; auto chooses one")]
 Width = Annotated[
     str | None, typer.Option("--width", metavar="SHARE", help="of the channels that the light path keeps (0.1)")
 ]
@@ -49,8 +53,16 @@ To = Annotated[str | None, typer.Option("--to", metavar="MODULE", help="last mod
 MaskKind = Annotated[str, typer.Option("--mask", metavar="KIND", help="channel or element")]
 Projection = Annotated[bool, typer.Option(help="narrow the trunk too, with learned 1x1 projections")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite the file if it is there")]
-Explain = Annotated[bool, typer.Option("--explain", help="show every tensor of the light path, and why")]
-Depth = Annotated[str | None, typer.Option("--depth", metavar="N", help="leave out deeper modules")]
+Explain = Annotated[bool, typer.Option("--explain", help="show what became of every tensor, and why")]
+Depth = Annotated[
+    str, typer.Option("--depth", metavar="SHARE", help="of the residual branches that the light path keeps")
+]
+Levels = Annotated[
+    str | None, typer.Option("--levels", metavar="N", help="of nested modules to show (what fits a page)")
+]
+Picture = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE", help="draw cost along the depth: .svg, .png or .html")
+]
 SwitchData = Annotated[
     str | None, typer.Option("--switch-data", metavar="FOLDER", help="for the switch (a quarter of --data)")
 ]
@@ -110,6 +122,11 @@ def whole(name: str, text: str, least: int = 0) -> int:
     return value
 
 
+def share(name: str, text: str) -> float:
+    """`text` as a share in (0, 1]. Raises OptionError."""
+    return number(name, text, "above 0 and at most 1", above=0, most=1)
+
+
 def hertz(rate: str | None) -> int | None:
     return None if rate is None else whole("rate", rate, least=1)
 
@@ -117,6 +134,19 @@ def hertz(rate: str | None) -> int | None:
 def seconds(segment: str | None) -> float | None:
     """The --segment option."""
     return None if segment is None else number("segment", segment, "above 0 seconds", above=0)
+
+
+def drawable(path: Path, force: bool) -> Path:
+    """`path`, if a picture can be written there: told before the work and not after it. Raises OptionError."""
+    if path.suffix.lower() not in PICTURES:
+        raise OptionError(f"--picture {path}: the name has to end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")
+    if not path.parent.is_dir():
+        raise OptionError(f"--picture {path}: {path.parent} is no folder; make it first, or name another.")
+    if not os.access(path.parent, os.W_OK):
+        raise OptionError(f"--picture {path}: nothing can be written into {path.parent}; name another folder.")
+    if path.is_dir() or (path.exists() and not force):
+        raise OptionError(f"--picture {path}: it exists already; give another name, or --force to overwrite it.")
+    return path
 
 
 def beside(model: str) -> Path:

@@ -37,8 +37,10 @@ class Plan:
 
     at, scope, width: as asked (at: inside the scope). dynamic: which axes may vary. crossing: values the region reads
     besides the cut. params, macs: of "base", "full" and "light" (MACs per sample at the example's size, by the rules).
-    ledger: operators without a rule (or whose rule did not hold here: distrusted, node -> why), whose axes stayed at
-    full width. depth: share of the residual branches' MACs that the light path keeps; dropped: branches it does without.
+    ledger: operators without a rule, whose axes stayed at full width; distrusted: nodes whose rule did not hold here,
+    and why, which are in the ledger too. depth: share of the residual branches' MACs that the light path keeps;
+    dropped: branches it does without. why: reasons of at=auto. macs also holds "unprojected": what the light path would
+    cost without projections.
     """
 
     at: str
@@ -55,6 +57,7 @@ class Plan:
     depth: float = 1.0
     dropped: tuple[str, ...] = ()
     distrusted: dict[str, str] = field(default_factory=dict)
+    why: str = ""
     light: str = "narrow"
     seed: int = 0
 

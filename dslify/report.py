@@ -41,21 +41,6 @@ class CostRow(Protocol):
     def macs(self) -> int: ...
 
 
-class Point(Protocol):
-    """What the table of cut points needs, see dslify.cut.CutPoint."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def shape(self) -> tuple[Any, ...]: ...
-    @property
-    def base_macs(self) -> int: ...
-    @property
-    def region_macs(self) -> int: ...
-    @property
-    def reason(self) -> str: ...
-
-
 def human(number: float | None, unit: str = "") -> str:
     """65024 -> "65.0 k", 5.4e6 -> "5.4 M"; below a thousand as it is. "-" for None and NaN."""
     if number is None or not math.isfinite(number):
@@ -126,7 +111,7 @@ def surgery(rows: Iterable[CostRow], plan: Plan | None = None) -> RenderableType
     """What was cut and where; parameters and MACs of base, switch, full and light with ratios."""
     found = list(rows)
     full = next((row for row in found if row.name == "full"), None)
-    table = _table("path", "parameters", "MACs", "fewer\nparameters", "fewer\nMACs")
+    table = plain_table("path", "parameters", "MACs", "fewer\nparameters", "fewer\nMACs")
     for row in found:
         light = full is not None and row.name == "light"
         ratios = (
@@ -136,7 +121,11 @@ def surgery(rows: Iterable[CostRow], plan: Plan | None = None) -> RenderableType
     if plan is None:
         return table
     cut = f"{plan.scope}.{plan.at}" if plan.scope else plan.at
-    lines = [f"cut behind {cut}, value of shape {_shape(plan.cut_shape)}; light path at width {figure(plan.width)}"]
+    lines = [
+        f"cut behind {cut}, value of shape {shape_words(plan.cut_shape)}; light path at width {figure(plan.width)}"
+    ]
+    if why := plan.why:
+        lines.append(f"chosen by --at auto: {why}")
     if plan.crossing:
         lines.append(f"also crossing the cut: {', '.join(plan.crossing)}")
     lines += [
@@ -145,31 +134,16 @@ def surgery(rows: Iterable[CostRow], plan: Plan | None = None) -> RenderableType
         for side in plan.projections
     ]
     lines += [f"kept at full width, no rule: {name} ({len(nodes)}x)" for name, nodes in plan.ledger.items()]
+    lines += [f"kept at full width, {why}: {node}" for node, why in plan.distrusted.items()]
+    if plan.dropped:
+        kept = f"depth {figure(plan.depth)}"
+        lines.append(f"left out ({kept}): {', '.join(plan.dropped)}")
     return Group(*map(_line, lines), table)
-
-
-def cut_table(points: Iterable[Point], depth: int | None = None) -> RenderableType:
-    """Every module as a place to cut: what is computed before and behind it, or why it cannot be cut.
-
-    depth: leave out modules nested deeper than this many names.
-    """
-    table = _table("--at", "shape\nbehind it", "MACs\nbefore", "MACs\nbehind", "share\nbehind")
-    table.columns[1].justify, table.columns[1].no_wrap = "left", False
-    for point in points:
-        if depth is not None and point.path.count(".") >= depth:
-            continue
-        if point.reason:
-            table.add_row(Text(point.path, style="dim"), Text(point.reason, style="dim"), "", "", "")
-            continue
-        whole = point.base_macs + point.region_macs
-        share = percent(point.region_macs / whole if whole else None)
-        table.add_row(point.path, _shape(point.shape), human(point.base_macs), human(point.region_macs), share)
-    return Group(table, _line("Only what lies behind a cut can be saved; what lies before it runs for every input."))
 
 
 def training(history: History) -> RenderableType:
     """The losses of each phase, from the mean of the first steps to that of the last, with their curve."""
-    table = _table("phase", "steps", "loss", "first", "last", "curve", "seconds")
+    table = plain_table("phase", "steps", "loss", "first", "last", "curve", "seconds")
     table.columns[2].justify = table.columns[5].justify = "left"
     for phase in history.phases:
         parts = [name for name, values in phase.losses.items() if name != "total" and any(values)]
@@ -216,7 +190,7 @@ def routes(rows: Iterable[Row]) -> RenderableType:
     """Difference, share and MACs of full, light, mixed, random, oracle and loudness."""
     found = list(rows)
     judged = any(row.metric is not None for row in found)
-    table = _table("route", "light", "difference", "MACs", *(["metric"] if judged else []))
+    table = plain_table("route", "light", "difference", "MACs", *(["metric"] if judged else []))
     for row in found:
         metric = (with_interval(row.metric, row.metric_interval),) if judged else ()
         difference = with_interval(row.difference, row.interval)
@@ -229,7 +203,7 @@ def routes(rows: Iterable[Row]) -> RenderableType:
 
 def shares(kinds: Iterable[Kind]) -> RenderableType:
     """Per kind of sample: how many go light, and what that costs."""
-    table = _table("kind", "samples", "sources", "light", "difference\nif light", "as\nrouted")
+    table = plain_table("kind", "samples", "sources", "light", "difference\nif light", "as\nrouted")
     for kind in kinds:
         share = with_interval(kind.share, kind.share_interval, percent)
         cells = (str(kind.n), str(kind.sources), share, figure(kind.difference), figure(kind.mixed))
@@ -246,7 +220,7 @@ def predictions(kinds: Iterable[Kind]) -> RenderableType:
         "rank\ncorrelation",
         "loudness'\nrank corr.",
     )
-    table = _table("kind", *headers)
+    table = plain_table("kind", *headers)
     for kind in kinds:
         table.add_row(
             kind.label or UNLABELLED,
@@ -259,7 +233,7 @@ def predictions(kinds: Iterable[Kind]) -> RenderableType:
     return table
 
 
-def _table(*headers: str) -> Table:
+def plain_table(*headers: str) -> Table:
     """Names to the left, numbers to the right; a name that does not fit is broken over lines, never cut off."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for at, header in enumerate(headers):
@@ -272,7 +246,8 @@ def _line(text: str) -> Text:
     return Text(text, overflow="fold")
 
 
-def _shape(shape: Iterable[Any]) -> str:
+def shape_words(shape: Iterable[Any]) -> str:
+    """1x16x*."""
     return "x".join(map(str, shape)) or "a single number"
 
 

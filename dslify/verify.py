@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +17,7 @@ from .functional import graphs_in, tensor_at
 from .rules import Axis, indices
 
 PERMUTED = 1e-6  # relative, float64: a right algebra leaves 1e-12 or so, a wrong one shows 1e-2 and more
+PERIOD = 4099
 
 
 def permutation_error(axes: AxisMap, inputs: Sequence[Any], seed: int = 0) -> float:
@@ -26,7 +28,7 @@ def permutation_error(axes: AxisMap, inputs: Sequence[Any], seed: int = 0) -> fl
     Returns the largest difference over the largest output.
     """
     worlds = _TwoWorlds(axes, seed)
-    with torch.no_grad():
+    with torch.no_grad(), _double_by_default():
         found = worlds.run(*worlds.entering(inputs), enable_io_processing=False)
     leaving = [boundary for boundary in axes.boundaries if not boundary.is_input]
     pairs = [pair for pair in found if isinstance(pair[0], Tensor)]
@@ -38,11 +40,22 @@ def misunderstood(axes: AxisMap, inputs: Sequence[Any], seed: int = 0) -> str | 
     """Name of the first node whose row does not hold under permutation, None if all do."""
     worlds = _TwoWorlds(axes, seed, compare=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _double_by_default():
             worlds.run(*worlds.entering(inputs), enable_io_processing=False)
     except _Found as found:
         return found.node
     return None
+
+
+@contextmanager
+def _double_by_default() -> Iterator[None]:
+    """Factories without a dtype make float64 within the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _Found(Exception):
@@ -62,17 +75,22 @@ class _TwoWorlds(fx.Interpreter):
         self.permutation = {
             a: torch.randperm(a.hint, generator=generator) for a in axes.atoms() if axes.shrinks(a, everything)
         }
+        self.sizes: dict[Any, int] = {}  # of what varies, on the inputs given
         self.order: dict[int, int] = {}  # tied tensors get the same jitter
 
     def entering(self, inputs: Sequence[Any]) -> list[Any]:
-        boundaries = iter(self.axes.boundaries)
+        boundaries = [boundary for boundary in self.axes.boundaries if boundary.is_input]
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        for boundary, value in zip(boundaries, tensors, strict=True):
+            self.sizes |= {axis.find().size: found for axis, found in zip(boundary.axes, value.shape, strict=True)}
+        entering = iter(boundaries)
         pairs: list[Any] = []
         for value in inputs:
             if not isinstance(value, Tensor):
                 pairs.append((value, value))
                 continue
             plain = value.to(torch.float64, copy=True) if value.is_floating_point() else value.clone()
-            pairs.append((plain, self.permuted(plain, next(boundaries).axes).clone()))
+            pairs.append((plain, self.permuted(plain, next(entering).axes).clone()))
         return pairs
 
     def run_node(self, n: fx.Node) -> Any:
@@ -81,7 +99,7 @@ class _TwoWorlds(fx.Interpreter):
         if n.op == "get_attr":
             return None  # made where it is used, so that one weight at a time is there in double precision
         if n.op == "output":
-            return tuple(self._pair(out) if isinstance(out, fx.Node) else (out, out) for out in n.args[0])
+            return tuple(self._pair(out) if isinstance(out, fx.Node) else (out, out) for out in cast(tuple, n.args[0]))
         pairs = {used: self._pair(used) for used in n.all_input_nodes}
         plain, moved = (self._call(n, {used: pair[world] for used, pair in pairs.items()}) for world in (0, 1))
         if self.compare:
@@ -95,7 +113,7 @@ class _TwoWorlds(fx.Interpreter):
     def _call(n: fx.Node, values: dict[fx.Node, Any]) -> Any:
         args, kwargs = (map_arg(part, values.__getitem__) for part in (n.args, n.kwargs))
         args, kwargs = (map_aggregate(part, _doubled) for part in (args, kwargs))
-        return n.target(*args, **kwargs)  # type: ignore[operator]
+        return cast(Any, n.target)(*args, **cast(dict, kwargs))
 
     def _held(self, n: fx.Node) -> Any:
         value = tensor_at(self.axes.region, str(n.target))
@@ -106,22 +124,37 @@ class _TwoWorlds(fx.Interpreter):
             return value, value
         plain = value.detach().clone()
         if value.is_floating_point() and value.numel():
-            generator = torch.Generator().manual_seed(self.seed + 1 + self.order.setdefault(id(value), len(self.order)))
-            noise = torch.rand(value.shape, generator=generator)
-            plain = plain.double().cpu()
-            if plain.min() > 0:  # variances and scales stay positive
+            plain = plain.double()
+            low, high = value.detach().aminmax()
+            noise = self._noise(value).to(value.device)
+            if low > 0:  # variances and scales stay positive
                 plain.mul_(1 + noise)
             else:
-                plain.add_((noise - 0.5) * plain.abs().max().clamp_min(0.1))
-            plain = plain.to(value.device)
+                plain.add_(noise - 0.5, alpha=max(0.1, abs(float(low)), abs(float(high))))
         terms = self.axes.parameters.get(str(n.target))
-        return plain, plain if terms is None else self.permuted(plain, terms).clone()
+        moved = plain if terms is None else self.permuted(plain, terms)
+        return plain, moved.clone() if moved is plain else moved
+
+    def _noise(self, value: Tensor) -> Tensor:
+        """Uniform in [0, 1), its period a prime number, because random numbers for every weight would take longer than
+        the test itself."""
+        generator = torch.Generator().manual_seed(self.seed + 1 + self.order.setdefault(id(value), len(self.order)))
+        period = torch.rand(min(PERIOD, value.numel()), generator=generator, dtype=torch.float64)
+        return period.repeat(-(-value.numel() // len(period)))[: value.numel()].view(value.shape)
 
     def permuted(self, value: Tensor, terms: tuple[Axis, ...]) -> Tensor:
         for at, axis in enumerate(terms):
             if any(atom in self.permutation for atom in axis.atoms()):
-                value = value.index_select(at, indices(axis, self.permutation.get).to(value.device))
+                entries = indices(axis, self.permutation.get, self.extent)
+                value = value.index_select(at, entries.to(value.device))
         return value
+
+    def extent(self, axis: Axis) -> int:
+        """Size of a term on the inputs given, whose batch may differ from the captured one."""
+        if isinstance(axis.size, int):
+            return axis.size
+        found = self.sizes.get(axis.size) or axis.size.subs(self.sizes)
+        return axis.hint if getattr(found, "free_symbols", None) else int(found)
 
     def error(self, plain: Tensor, moved: Tensor, terms: tuple[Axis, ...]) -> float:
         """How far the permuted world is from the permutation of the plain one, over the largest value."""

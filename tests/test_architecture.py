@@ -10,10 +10,12 @@ import dslify
 PACKAGE = Path(dslify.__file__).parent
 # each room imports only rooms above it
 ORDER = [
-    "errors", "files", "functional", "guards", "capture", "macs", "cut", "rules", "axes", "light", "plan", "verify",
-    "switch", "graft", "graph_json", "example_inputs", "vouched", "pickle_symbols", "pickles", "archives", "load",
-    "insert", "store", "losses", "audio", "samples", "data", "runs", "schedule", "gather", "train", "cost",
-    "observe", "calibrate", "resampling", "measure", "report", "options", "console", "demo", "cli",
+    "errors", "files", "isolate", "functional", "guards", "deadline", "obstacle", "recurrent", "attempt", "capture",
+    "macs", "cut", "rules", "depth", "axes", "widths", "light", "layers", "inherit", "plan", "verify", "derive",
+    "switch", "graft", "nest", "survey", "graph_json", "first_layer", "example_inputs", "vouched", "pickle_symbols",
+    "pickles", "archives", "load", "insert", "store", "losses", "audio", "samples", "data", "runs", "schedule",
+    "gather", "train", "cost", "observe", "calibrate", "resampling", "measure", "report", "cut_tree", "picture",
+    "explained", "options", "console", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -72,6 +72,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.pt").touch()
     (folder / "cut_short.pt").write_bytes((folder / "model.pt").read_bytes()[:20_000])
     torch.save({"weight": torch.zeros(3)}, folder / "weights.pt")
+    (folder / "old.svg").write_text("<svg/>")
+    (folder / "good.svg").mkdir()
     _foreign(folder / "foreign.pt")
     with (folder / "runs.pt").open("wb") as file:
         pickle.dump(Runs(), file)
@@ -164,6 +166,36 @@ CASES = {
     "width nan": ("insert model.pt --at encoder.block3 --width nan -o new.dsl", ["width", "got nan."]),
     "cost 1": ("insert model.pt --at encoder.block3 --cost 1 -o new.dsl", ["cost", "below 1; got 1."]),
     "width and cost": ("insert model.pt --at encoder.block3 --width 1 --cost 0.1 -o new.dsl", ["width", "cost"]),
+    "depth 0": ("insert model.pt --at encoder.block3 --depth 0 -o new.dsl", ["depth", "above 0 and at most 1; got 0."]),
+    "depth 1.5": ("insert model.pt --at encoder.block3 --depth 1.5 -o new.dsl", ["depth", "got 1.5."]),
+    "depth abc": ("insert model.pt --at encoder.block3 --depth abc -o new.dsl", ["depth", "got 'abc'."]),
+    "auto without a cut that saves": (
+        "insert nets_under_test:Twice --at auto --input 1x8 -o new.dsl --width 1",
+        ["--at auto", "of 3 modules 1 can be cut at", "dslify inspect"],
+    ),
+    "auto and to": (
+        "insert model.pt --at auto --to decoder.block1 --input 1x1x4096 -o new.dsl",
+        ["--at auto", "--to", "name the cut"],
+    ),
+    "levels 0": ("inspect model.pt --levels 0", ["levels", "at least 1; got 0."]),
+    "levels abc": ("inspect model.pt --levels abc", ["levels", "'abc'"]),
+    "inspect at width 2": ("inspect model.pt --width 2", ["width", "above 0 and at most 1; got 2."]),
+    "inspect at no width": ("inspect model.pt --width wide", ["width", "'wide'"]),
+    "picture of another kind": ("inspect model.pt --picture p.gif", ["p.gif", ".svg, .png or .html"]),
+    "picture without a suffix": ("inspect model.pt --picture plot", ["plot", ".svg"]),
+    "picture in no folder": ("inspect model.pt --picture nowhere/p.svg", ["nowhere/p.svg", "no folder"]),
+    "picture in a file": ("inspect model.pt --picture model.pt/p.svg", ["model.pt/p.svg", "no folder"]),
+    "picture that is there": ("inspect model.pt --picture old.svg", ["old.svg", "exists", "--force"]),
+    "picture over a folder": ("inspect model.pt --picture good.svg --force", ["good.svg", "exists"]),
+    "picture of a dsl file": ("inspect model.dsl --picture p.svg", ["--picture", "model.dsl", "cut already"]),
+    "inspect a network, explained": ("inspect model.pt --explain", ["--explain", "insert", "model.pt"]),
+    "input of an unknown name": (
+        "inspect nets_under_test:Twice --input y=1x8",
+        ["'y'", "its inputs are x"],
+    ),
+    "input named twice": ("inspect nets_under_test:Twice --input x=1x8,x=1x8", ["'x'", "once"]),
+    "input without a name": ("inspect nets_under_test:Twice --input x=1x8,1x8", ["1x8", "no name"]),
+    "input of an odd name": ("inspect nets_under_test:Twice --input =1x8", ["''", "name"]),
     "unknown mask": ("insert model.pt --at encoder.block3 --mask odd --input 1x1x4096 -o new.dsl", ["mask", "'odd'"]),
     "input of other channels": ("insert model.pt --at encoder.block3 --input 1x2x4096 -o new.dsl", ["1x2x4096"]),
     "input that is no shape": ("insert model.pt --at encoder.block3 --input 1xyx3 -o new.dsl", ["1xyx3"]),

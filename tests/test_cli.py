@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 import dslify
 from dslify import demo
 from dslify.cli import app
+from dslify.explained import grouped
 from tests.zoo import ZOO
 
 LEAVES = ("inspect", "insert", "finetune", "calibrate", "evaluate", "demo")
@@ -40,6 +41,19 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.decoder(self.encoder(x))
+"""
+
+TWO_INPUTS = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner, self.last = nn.Embedding(9, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, *, tokens, mask):
+        return self.last(self.inner(self.embed(tokens)).relu()) * mask.unsqueeze(-1)
 """
 
 WHAT_HELP_IMPORTS = """
@@ -227,11 +241,73 @@ def test_segments_of_another_length(model: Path, sounds: dict[str, Path], monkey
 def test_explain_names_every_tensor_of_the_light_path(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent)
     said = done("insert", "model.pt", "--at", "encoder.block3", "--explain").stdout
-    assert "encoder.block4.0.weight: 64x48x4 -> " in said
-    light = dslify.dsl_layers(dslify.load("model.dsl"))[0].light
-    assert [
-        name for name in dict(light.named_parameters()) if name.startswith("encoder") and f"{name}: " not in said
-    ] == []
+    rows = {line.split()[0]: line.split() for line in said.splitlines() if line}
+    layer = dslify.dsl_layers(dslify.load("model.dsl"))[0]
+    explained = {tensor.name: row.name for row in grouped(layer.plan.tensors) for tensor in row.tensors}
+    for name, parameter in layer.light.named_parameters():
+        if not name.startswith("projection"):
+            sizes = ["x".join(map(str, tensor.shape)) for tensor in (layer.full.get_parameter(name), parameter)]
+            assert " ".join(sizes) in " ".join(rows[explained[name]]), name
+    again = done("inspect", "model.dsl", "--explain").stdout
+    assert again[again.index("What each tensor") :].strip() in said
+    shown = document("inspect", "model.dsl", "--explain")
+    assert {tensor["name"] for tensor in shown["plan"]["tensors"]} == set(explained)
+
+
+def test_inspect_shows_and_draws_what_a_cut_would_save(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    words = ["inspect", "model.pt", "--input", f"1x1x{LENGTH}", "--width", "0.2"]
+    said = done(*words, "--levels", "1", "--picture", "cost.svg").stdout
+    assert "model.pt: Sequential, 41.7 k parameters" in said
+    assert "block3 *" in said  # shown in spite of --levels, because auto takes it
+    assert "* --at auto: encoder.block3, the end of a block" in said
+    assert "modules are not shown; --levels 3 shows all of them" in said
+    assert "wrote cost.svg" in said
+    assert "next: dslify insert model.pt --at encoder.block3 --width 0.2 --input 1x1x4096" in said
+    assert "encoder.block3: base" in Path("cost.svg").read_text()
+    found = document(*words, "--picture", "cost.svg", "--force")
+    assert found["auto"]["at"] == "encoder.block3"
+    assert found["width"] == 0.2
+    points = {point["path"]: point for point in found["cut_points"]}
+    made = document("insert", "model.pt", "--at", "encoder.block3", "--width", "0.2", "--input", f"1x1x{LENGTH}")
+    light = next(row for row in made["cost"] if row["name"] == "light")
+    assert (points["encoder.block3"]["light_macs"], points["encoder.block3"]["light_params"]) == (
+        light["macs"],
+        light["params"],
+    )
+    assert points["decoder"]["reason"] == "nothing comes after it"
+    assert sorted(path.name for path in model.parent.iterdir()) == ["cost.svg", "model.dsl", "model.pt"]
+
+
+def test_insert_at_auto_takes_the_cut_that_inspect_marks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    said = " ".join(done("insert", "model.pt", "--at", "auto", "--input", f"1x1x{LENGTH}").stdout.split())
+    assert "cut behind encoder.block3" in said
+    assert "chosen by --at auto: encoder.block3, the end of a block: 32 % of the MACs lie before it" in said
+    assert "next best: encoder" in said
+    assert dslify.dsl_layers(dslify.load("model.dsl"))[0].plan.at == "encoder.block3"
+
+
+def test_depth_leaves_branches_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["insert", "tests.zoo:vit", "--at", "blocks.1", "--force"]
+    whole, half = (document(*words, *more)["plan"] for more in ([], ["--depth", "0.5"]))
+    assert (whole["depth"], whole["dropped"]) == (1.0, [])
+    assert (half["depth"], len(half["dropped"])) == (0.5, 2), "of the two blocks' four branches"
+    assert 0.3 * whole["macs"]["light"] < half["macs"]["light"] < 0.7 * whole["macs"]["light"]
+    assert half["macs"]["full"] == whole["macs"]["full"]
+
+
+def test_inputs_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "two_inputs.py").write_text(TWO_INPUTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["two_inputs:Net", "--input", "tokens=2x5:int64,mask=2x5"]
+    found = document("inspect", *words)
+    assert found["input"] == "input tokens 2x5 int64, mask 2x5 int64 (as given)"
+    assert "inner" in {point["path"] for point in found["cut_points"] if not point["reason"]}
+    made = document("insert", *words, "--at", "inner")
+    assert made["plan"]["at"] == "inner"
 
 
 def test_scope_is_kept_by_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,15 @@ import json
 import operator
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from dslify.capture import capture
 from dslify.errors import StoreError
@@ -106,6 +108,59 @@ def test_everything_comes_back(everything):
     assert encode(again, {}) == data
     mine["y"][1].clamp(-9, 9).sum().backward()
     assert again.first.weight.grad.abs().sum() > 0
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+@dataclass
+class Answer:
+    pair: Pair
+    nothing: Tensor | None = None
+
+
+class OwnOutput(BaseModelOutput):
+    """A user's own output class, which a file may not name."""
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(6, 4, 2, bidirectional=True, batch_first=True)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Answer:
+        y, _ = self.layer(x)
+        with torch.autocast("cpu", enabled=False):
+            y = self.out(y)
+        with torch.set_grad_enabled(True):
+            z = self.out(torch.cat([y, y], -1))
+        return Answer(Pair(y, z))
+
+
+def test_recurrent_layers_and_regions_come_back_and_own_classes_as_dicts_and_tuples():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6)
+    graph = graph_of(Mixed(), (x,), {})
+    again, data = through_text(graph)
+    assert {"aten.lstm.input", "higher_order.wrap_with_autocast"} <= {item["target"] for item in data["nodes"]}
+    assert isinstance(graph(x), Answer)
+    found = again(x)
+    assert type(found) is dict
+    assert list(found) == ["pair"]
+    assert type(found["pair"]) is tuple
+    assert all(torch.equal(a, b) for a, b in zip(found["pair"], graph(x).pair, strict=True))
+    assert encode(again, {}) == data
+
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> OwnOutput:  # type: ignore[override]
+            return OwnOutput(last_hidden_state=super().forward(x))
+
+    again, _ = through_text(graph_of(Own(6, 2), (x,), {}))
+    assert list(again(x)) == ["last_hidden_state"]
+    assert type(again(x)) is dict
 
 
 def test_tied_weights_stay_tied_and_transient_buffers_transient():

@@ -9,8 +9,9 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 import dslify
-from dslify.errors import CutError, OptionError, VerifyError
-from dslify.rules import RULES
+from benchmarks.zoo.check import check_network
+from benchmarks.zoo.registry import selected
+from dslify.errors import CutError, OptionError
 from tests.conftest import Inserted
 from tests.zoo import ZOO
 
@@ -266,3 +267,14 @@ def test_samples_that_share_the_batch_axis_with_windows(by_sample):
     together = run(net, x)
     assert layer.paths.light_taken.sum() == 2
     assert difference(together, torch.cat([run(net, sample) for sample in x.split(1)])) < BATCHED
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["own_lstm_bidirectional", "own_weight_norm_parametrized", "own_in_place", "own_autocast", "own_pixel_shuffle"],
+)
+def test_awkward_networks_pass_the_checks_of_the_zoo(name):
+    (network,) = selected([name])
+    (record,) = check_network(network, [0.5])
+    assert record.get("works"), record.get("traceback", record)
+    assert record["with_projection"][1] < 0.3

@@ -30,6 +30,7 @@ from torch.fx.graph_module import reduce_graph_module
 
 from dslify.capture import capture
 from dslify.errors import LoadError, OptionError, UntrustedError
+from dslify.example_inputs import example_for
 from dslify.load import example_inputs_for, load_model
 
 STRANGER = """
@@ -864,10 +865,95 @@ def test_a_wrong_spec_gets_a_sentence(spec):
     assert "\n" not in str(refusal.value)
 
 
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return self.embed(input_ids) * scale
+
+
+def test_inputs_may_have_names():
+    args, kwargs, note = example_for(Keywords(), "input_ids=2x3, mask=2x3:float32")
+    assert args == ()
+    assert (kwargs["input_ids"].dtype, tuple(kwargs["input_ids"].shape)) == (torch.int64, (2, 3))
+    assert kwargs["input_ids"].max() < 7
+    assert torch.equal(kwargs["mask"], torch.ones(2, 3))
+    assert note == "input input_ids 2x3 int64, mask 2x3 (as given)"
+    args, kwargs, note = example_for(Keywords(), "2x3:int64,mask=2x3")
+    assert ([tuple(x.shape) for x in args], list(kwargs)) == ([(2, 3)], ["mask"])
+    assert note == "input 2x3 int64, mask 2x3 int64 (as given)"
+    with pytest.raises(LoadError, match=r"by keyword \(input_ids\); dslify.example_for"):
+        example_inputs_for(Keywords(), "input_ids=2x3")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("input_ids=1x3,tokens=1x3", "no input 'tokens'; its inputs are input_ids, mask, scale"),
+        ("mask=1x3,mask=1x3", "write each name once"),
+        ("1x3:int64,input_ids=1x3", "'input_ids' cannot be the name of another input"),
+        ("input_ids=1x3,1x3", "1x3 has no name"),
+        ("input ids=1x3", "'input ids' cannot"),
+        ("input_ids=", "'' is no shape"),
+        ("input_ids=1x3:word", "type 'word'"),
+    ],
+)
+def test_a_wrong_name_gets_a_sentence(spec, words):
+    with pytest.raises(OptionError, match=r"^--input ") as refusal:
+        example_for(Keywords(), spec)
+    assert words in str(refusal.value)
+
+
+def test_an_example_by_keyword_is_taken_as_it_is():
+    brought = {"input_ids": torch.ones(3, 2, dtype=torch.int64)}
+    model = Keywords()
+    model.example_input_array = brought
+    args, kwargs, note = example_for(model)
+    assert (args, list(kwargs)) == ((), ["input_ids"])
+    assert kwargs["input_ids"] is brought["input_ids"]
+    assert note == "input input_ids 3x2 int64 (the network's example_input_array)"
+
+
+HUB = {
+    "Bert": ({"vocab_size": 50}, [(3, 5)], [], "the network's dummy_inputs"),
+    "T5": (
+        {"vocab_size": 50, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}, [],
+        ["decoder_attention_mask", "decoder_input_ids", "input_ids"], "the network's dummy_inputs",
+    ),
+    "ViT": ({"image_size": 32, "patch_size": 8}, [(1, 3, 32, 32)], [], "config and its main input, pixel_values"),
+    "Whisper": (
+        {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8,
+         "max_source_positions": 50, "pad_token_id": 0, "decoder_start_token_id": 1, "bos_token_id": 1,
+         "eos_token_id": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16,
+         "decoder_ffn_dim": 16},
+        [], ["decoder_input_ids", "input_features"], "config and its main input, input_features",
+    ),
+}  # fmt: skip
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_network_of_transformers_gets_inputs_that_run(name):
+    import transformers
+
+    settings, shapes, names, words = HUB[name]
+    config = getattr(transformers, f"{name}Config")(**({**SMALL, **settings} if name in ("Bert", "ViT") else settings))
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    args, kwargs, note = example_for(model)
+    assert [tuple(value.shape) for value in args] == shapes
+    assert sorted(kwargs) == names
+    assert words in note
+    assert note.endswith("proven by a forward pass)")
+    with torch.no_grad():
+        model(*args, **kwargs)
+
+
 def test_a_slow_network_is_given_up(monkeypatch):
     import time
 
-    import dslify.example_inputs as room
+    import dslify.first_layer as room
 
     class Sleeps(nn.Module):
         def __init__(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -14,13 +16,15 @@ from rich.console import Console
 from dslify import report
 from dslify.calibrate import Calibration
 from dslify.cost import Cost
-from dslify.cut import CutPoint
+from dslify.cut_tree import CutTree
+from dslify.explained import explanation, grouped
 from dslify.measure import Evaluation, judge
 from dslify.observe import Observations
-from dslify.plan import Plan, Projection
+from dslify.plan import NarrowedTensor, Plan, Projection
 from dslify.runs import History, Phase
+from dslify.survey import SurveyPoint
 
-WIDTHS = (80, 100)
+WIDTHS = (80, 100, 120)
 LONG = "encoder.layers.attention_block.self_attention.query_key_value_projection"
 KINDS = ("silence", "ambient", "environment", "speech_in_a_very_long-winded_foreign_language_with_noise")
 
@@ -52,11 +56,15 @@ COSTS = (
     Cost("light", 3_104, 440_000, 1), Cost("full", 65_024, 5_400_000, 1),
 )  # fmt: skip
 POINTS = (
-    CutPoint("encoder", reason="nothing comes after it"),
-    CutPoint("encoder.layers", (1, 16, "*"), 1_000_000, 8_000_000),
-    CutPoint("encoder.layers.twice", reason="it is called 2 times"),
-    CutPoint(LONG, (1, 16, 1024, 1024), 8_000_000, 1_000_000),
-)
+    SurveyPoint("encoder", reason="nothing comes after it"),
+    SurveyPoint(
+        "encoder.layers", (1, 16, "*"), 1_000_000, 8_000_000, 100, 300, ("skip", "size"), value="add",
+        light_macs=160_000, crossing_shapes=((1, 16), ()),
+    ),
+    SurveyPoint("encoder.layers.twice", reason="it is called 2 times"),
+    SurveyPoint(LONG, (1, 16, 1024, 1024), 8_000_000, 1_000_000, 300, 100, value="linear", light_macs=1),
+    SurveyPoint("head", (1, 4), 8_900_000, 100_000, 399, 1, value="head"),
+)  # fmt: skip
 CALIBRATION = Calibration(
     0.1234, "share: 60 of 120 samples from 20 sources score under it (50.0 %, asked for 50.0 %)", 120, 20, 0.5, 0.0423,
     light_share=0.5, overlap=3, notes=("3 of 120 samples were used in training too",),
@@ -70,16 +78,26 @@ def history() -> History:
     return History(phases, ((1.0,),), 0.31, True, {}, data, ("something to know",))
 
 
+def tensors(layers: range) -> Iterator[NarrowedTensor]:
+    for at in layers:
+        yield NarrowedTensor(f"encoder.blocks.{at}.qkv.weight", (576, 192), (60, 20), ("", ""))
+        yield NarrowedTensor(f"encoder.blocks.{at}.out.bias", (192,), (192,), (f"it leaves the region (add_{at})",))
+
+
 def plan() -> Plan:
-    sides = (Projection("add", True, 192, 16),)
+    sides = (Projection("add", True, 192, 16), Projection("norm", False, 192, 16))
+    sizes = {"base": 9, "full": 1000, "light": 100, "unprojected": 400}
+    shapes = (*tensors(range(4, 12)), NarrowedTensor("encoder.scale", (), (), ()))
     return Plan(
-        "block2", "encoder", 0.1, "batch", ("1", "16", "*"), ("skip",), {}, {}, sides, (), {"aten.flip": ["flip"]}
-    )
+        "block2", "encoder", 0.1, "batch", ("1", "16", "*"), ("skip",), sizes, sizes, sides, shapes,
+        {"aten.flip.default": ["flip", "flip_1"]}, 0.5, ("blocks.5.mlp",), {"roll_3": "its rule does not hold here"},
+    )  # fmt: skip
 
 
 PARTS = {
     "surgery": lambda: report.surgery(COSTS, plan()),
-    "cuts": lambda: report.cut_table(POINTS),
+    "cuts": lambda: CutTree(POINTS, [point.path for point in POINTS], "encoder.layers"),
+    "explanation": lambda: explanation(plan()),
     "training": lambda: report.training(history()),
     "calibration": lambda: report.calibration(CALIBRATION),
     "evaluation": lambda: report.evaluation(evaluation()),
@@ -106,7 +124,6 @@ def test_an_ascii_stream_can_hold_it(name: str):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_long_names_are_broken_over_lines_and_whole(width: int):
     for part, name in (
-        (report.cut_table(POINTS), LONG),
         (report.shares(evaluation().kinds), KINDS[3]),
         (report.predictions(evaluation().kinds), KINDS[3]),
     ):
@@ -116,19 +133,83 @@ def test_long_names_are_broken_over_lines_and_whole(width: int):
 
 def test_the_surgery_says_where_and_how_much_smaller():
     shown = text(report.surgery(COSTS, plan()))
-    for words in ("encoder.block2", "1x16x*", "width 0.100", "skip", "192 channels to 16", "aten.flip"):
+    for words in (
+        "encoder.block2", "1x16x*", "width 0.100", "skip", "192 channels to 16", "aten.flip", "roll_3",
+        "left out (depth 0.500): blocks.5.mlp",
+    ):  # fmt: skip
         assert words in shown
     row = next(line for line in shown.splitlines() if line.startswith("light")).split()
     assert row == ["light", "3.1", "k", "440.0", "k", "20.9x", "12.3x"]
 
 
-def test_the_cut_table_has_whole_names_and_reasons():
-    shown = text(report.cut_table(POINTS), 100)
-    lines = {line.split()[0]: line for line in shown.splitlines() if line.split()}
-    assert "nothing comes after it" in lines["encoder"]
-    assert "89 %" in lines["encoder.layers"]
-    assert any(name.endswith("twice") and "it is called 2 times" in line for name, line in lines.items())
-    assert "twice" not in text(report.cut_table(POINTS, depth=2))
+def tree(width: int, shown: Iterable[str] = (), auto: str = "") -> list[str]:
+    return text(CutTree(POINTS, list(shown) or [point.path for point in POINTS], auto), width).splitlines()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_tree_has_every_figure(width: int):
+    rows = {line.split()[0]: line for line in tree(width, auto="encoder.layers") if line.split()}
+    marked = ["layers", "*", "1x16x*", "1", "25/75", "11/89", "160.0", "k", "2.0", "%"]
+    assert rows["layers"].split()[: len(marked)] == marked
+    assert rows["layers"].startswith("  layers")
+    assert rows["encoder"].split(maxsplit=1)[1] == "nothing comes after it"
+    assert rows["twice"].split(maxsplit=1)[1] == "it is called 2 times"
+    assert rows["head"].split() == ["head", "1x4", "100/0", "99/1", *rows["head"].split()[4:]]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_list_of_one_shares_its_row_and_long_names_are_whole(width: int):
+    inner = LONG.removeprefix("encoder.layers.")
+    lines = tree(width)
+    names = [line.split()[0] for line in lines if line.split()]
+    assert inner in "".join(names[names.index("head") - 6 : names.index("head")])
+
+
+def test_a_wide_terminal_has_bars_and_a_narrow_one_a_curve():
+    layers = next(line for line in tree(120) if "layers" in line)
+    assert layers.count("█") == 2  # a ninth of 20
+    assert layers.count("▒") == 1
+    assert layers.count("·") == 17
+    assert not any("·" in line for line in tree(80))
+    assert any("MACs before each cut" in line for line in tree(80))
+
+
+def test_the_tree_says_how_many_modules_are_left_out():
+    shown = tree(80, ["encoder", "encoder.layers"])
+    assert "3 of 5 modules are not shown; --levels 5 shows all of them." in shown
+    assert not any("twice" in line for line in shown)
+    assert not any("not shown" in line for line in tree(80))
+
+
+def test_an_explanation_groups_what_is_alike():
+    shown = text(explanation(plan()), 100)
+    lines = [line.split() for line in shown.splitlines()]
+    assert "names under encoder." in shown
+    assert ["blocks.4-11.qkv.weight", "8", "576x192", "60x20", "92.2x"] in lines
+    assert ["blocks.4-11.out.bias", "8", "192", "192", "stays"] in lines
+    assert ["scale", "scalar", "scalar", "stays"] in lines
+    assert "192: it leaves the region (add_4): blocks.4-11.out.bias[0]" in shown
+    assert "into add: 192 -> 16 channels, 3.1 k parameters" in shown
+    assert "out to norm: 16 -> 192 channels" in shown
+    assert "100 MACs with them, 400 without" in shown
+    assert "(75 % saved)" in " ".join(shown.split())
+    assert "blocks.5.mlp" in shown
+    assert "aten.flip.default, 2x: flip, flip_1" in shown
+    assert "@rule('aten.flip.default')" in shown
+    assert "roll_3: its rule does not hold here" in shown
+
+
+def test_groups_lose_no_tensor_and_differ_where_tensors_do():
+    some = list(tensors(range(3)))
+    gap = list(tensors(range(4, 6)))
+    other = dataclasses.replace(some[0], name="encoder.blocks.9.qkv.weight", after=(64, 24))
+    rows = grouped([*some, *gap, other])
+    assert sorted(tensor.name for row in rows for tensor in row.tensors) == sorted(
+        tensor.name for tensor in (*some, *gap, other)
+    )
+    assert [row.name for row in rows] == [
+        "encoder.blocks.*.qkv.weight", "encoder.blocks.*.out.bias", "encoder.blocks.9.qkv.weight"
+    ]  # fmt: skip
 
 
 def test_training_shows_falling_losses():

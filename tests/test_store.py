@@ -438,3 +438,50 @@ def test_other_files_get_a_sentence(odd, tmp_path):
         dslify.load(path)
     with pytest.raises(dslify.DslifyError, match=r"dslify\.load"):
         dslify.load_model(dslify.save(odd, tmp_path / "two.dsl"))
+
+
+HUGGING_FACE = """
+import sys
+import torch, dslify
+
+torch.set_num_threads(1)
+net = dslify.load("bert.dsl")
+assert "transformers.models.bert.modeling_bert" not in sys.modules
+inputs = torch.load("inputs.pt")
+with torch.no_grad():
+    for route in ("full", "light"):
+        with dslify.route(net, route):
+            out = net(**inputs)
+        assert type(out).__module__ == "transformers.modeling_outputs", type(out)
+        assert out.hidden_states is None
+        torch.save({"last": out.last_hidden_state, "pooled": out["pooler_output"]}, f"{route}.pt")
+"""
+
+
+def test_keyword_inputs_and_output_classes_of_transformers_come_back_in_a_fresh_process(tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50
+    )
+    model = transformers.BertModel(config).eval()
+    example = {"input_ids": torch.randint(0, 50, (1, 9)), "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    net = dslify.insert(model, "encoder.layer.0", 0.5, example_inputs=(), example_kwargs=example)
+    inputs = {"attention_mask": torch.ones(3, 12, dtype=torch.long), "input_ids": torch.randint(0, 50, (3, 12))}
+    inputs["attention_mask"][1, 7:] = 0
+    dslify.save(net, tmp_path / "bert.dsl")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    root = str(Path(dslify.__file__).parents[1])
+    subprocess.run(
+        [sys.executable, "-c", HUGGING_FACE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, check=True
+    )
+    with torch.no_grad():
+        plain = dslify.remove(net)(**inputs)
+        for name, wanted in (("full", model(**inputs)), ("light", None), ("full", plain)):
+            found = torch.load(tmp_path / f"{name}.pt")
+            if wanted is None:
+                with dslify.route(net, "light"):
+                    wanted = net(**inputs)
+            torch.testing.assert_close(found["last"], wanted.last_hidden_state, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found["pooled"], wanted.pooler_output, rtol=1e-5, atol=1e-5)

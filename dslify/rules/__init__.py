@@ -1,10 +1,11 @@
 """The rules: one row per ATen overload, as axis equations. Importing this package fills the table."""
 
-from . import contract, norm, pointwise, reduce, view
-from .table import RULES, Binding, arguments, leaves, rule, set_argument, shape
-from .terms import Axis, Reason, indices, kept_size, product, project
+from . import contract, convolve, factories, indexing, norm, pointwise, recurrent, reduce, resize, spectral, view
+from .table import RULES, Binding, Scaled, arguments, leaves, rule, set_argument, shape
+from .terms import Axis, Reason, concat, indices, kept_size, product, project
 
 __all__ = [
-    "RULES", "Axis", "Binding", "Reason", "arguments", "contract", "indices", "kept_size", "leaves", "norm",
-    "pointwise", "product", "project", "reduce", "rule", "set_argument", "shape", "view",
+    "RULES", "Axis", "Binding", "Reason", "Scaled", "arguments", "concat", "contract", "convolve", "factories",
+    "indexing", "indices", "kept_size", "leaves", "norm", "pointwise", "product", "project", "recurrent", "reduce",
+    "resize", "rule", "set_argument", "shape", "spectral", "view",
 ]  # fmt: skip

@@ -66,6 +66,19 @@ class Binding:
     def one(self) -> Axis:
         return Axis(1, 1, Reason("", "it has size 1"))
 
+    def fresh(self, size: Any) -> Axis:
+        """An axis that follows whatever it meets, or stays if its size is 1."""
+        return self.one() if symbolic(size) == 1 else self.neutral(size)
+
+    def given(self, size: Any, node: fx.Node) -> Axis:
+        """An axis whose size is an argument of `node`: it follows what it meets, where the argument can be rewritten.
+
+        A sum or product of varying sizes cannot be: the narrow copy would have to know which part of it shrank.
+        """
+        if isinstance(symbolic(size), int) or symbolic(size).is_Symbol:
+            return self.fresh(size)
+        return self.fixed(size, node, "its size is computed from sizes that vary")
+
     def parameter(self, value: Tensor) -> Terms:
         """Axes of a tensor the network holds: those of parameters shrink, those of buffers follow what they meet."""
         touched = isinstance(value, nn.Parameter)
@@ -78,6 +91,23 @@ class Binding:
     def freeze(self, node: fx.Node, axes: Sequence[Axis] | Axis, why: str) -> None:
         for axis in [axes] if isinstance(axes, Axis) else axes:
             axis.freeze(Reason(node.name, why))
+
+    def broadcast(self, node: fx.Node, *operands: Terms) -> Terms:
+        """Unify operands axis by axis from the right, size-1 axes give way; returns the axes of the result."""
+        rank = max((len(operand) for operand in operands), default=0)
+        out: list[Axis] = []
+        for back in range(rank, 0, -1):
+            meeting = [operand[-back] for operand in operands if len(operand) >= back]
+            wide = [axis for axis in meeting if not axis.is_one()]
+            for axis in wide[1:]:
+                self.unify(node, wide[0], axis)
+            out.append(wide[0] if wide else meeting[0])
+        return tuple(out)
+
+    def renewed(self, node: fx.Node, axis: Axis, size: Any, why: str) -> Axis:
+        """Freeze an axis along which the operator mixes or moves entries; returns the fixed axis that comes out."""
+        self.freeze(node, axis, why)
+        return self.fixed(size, node, why)
 
     def count(self, node: fx.Node, *axes: Axis) -> None:
         self.macs.append((node, axes))
@@ -108,6 +138,41 @@ def shape(node: Any) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def dims(value: Any, rank: int) -> list[int]:
+    """A `dim` argument (an int, a list, or None for all) as axes counted from the left."""
+    given = [value] if isinstance(value, int) else list(value or [])
+    return sorted({dim % rank for dim in given}) if given and rank else list(range(rank))
+
+
+def size_of(axis: Axis) -> Callable[[Sizes], int]:
+    """An argument that is the size of an axis."""
+    return lambda size: size(axis)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A size that the graph computes, in the narrow copy: node // before * after."""
+
+    node: fx.Node
+    before: int
+    after: int
+
+
+def new_sizes(given: Sequence[Any], axes: Sequence[Axis], size: Sizes) -> list[Any]:
+    """A size argument in the narrow copy: what did not change stays as written.
+
+    A -1 that was there gives way to the number where there is one."""
+    return [_new_size(old, axis, size) for old, axis in zip(given, axes, strict=True)]
+
+
+def _new_size(old: Any, axis: Axis, size: Sizes) -> Any:
+    root = axis.find()
+    inferred = isinstance(old, int) and old == -1
+    if isinstance(root.size, int):
+        return old if size(root) == root.hint and not inferred else size(root)
+    return old if size(root) == root.hint or not isinstance(old, fx.Node) else Scaled(old, root.hint, size(root))
+
+
 def leaves(terms: Any) -> list[Axis]:
     """Every axis in nested tuples of terms."""
     if isinstance(terms, Axis):
@@ -122,6 +187,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     bound.update(zip((argument.name for argument in schema), node.args, strict=False))
     bound.update(node.kwargs)
     return bound
+
+
+def tensors(node: fx.Node) -> list[fx.Node]:
+    """The node's tensor operands, each once."""
+    return [used for used in node.all_input_nodes if isinstance(used.meta.get("val"), Tensor)]
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -50,8 +51,15 @@ class Axis:
     def find(self) -> Axis:
         axis = self
         while axis.parent is not None:
+            if axis.parent.parent is not None:
+                axis.parent = axis.parent.parent  # halves the path for the next one
             axis = axis.parent
         return axis
+
+    def is_one(self) -> bool:
+        """Whether the axis has size 1 and so gives way when it is broadcast."""
+        size = self.find().size
+        return size == 1 if isinstance(size, int) else same(size, 1)
 
     def atoms(self) -> Iterator[Axis]:
         """The atoms of the term, in order, with repetitions."""
@@ -95,7 +103,7 @@ def product(parts: Sequence[Axis]) -> Axis:
 
 
 def concat(parts: Sequence[Axis]) -> Axis:
-    """The axis that holds `parts` one after the other."""
+    """The axis that holds `parts` one after the other; empty ones vanish."""
     flat = [piece for axis in parts for piece in _pieces(axis)]
     if len(flat) == 1:
         return flat[0]
@@ -137,7 +145,12 @@ def unify(a: Axis, b: Axis, reason: Reason) -> None:
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return a == b or sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0
+    return a == b or _same(a, b)
+
+
+@lru_cache(maxsize=4096)
+def _same(a: Any, b: Any) -> bool:
+    return sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0
 
 
 def kept_size(axis: Axis, kept: Callable[[Axis], int]) -> int:
@@ -154,22 +167,29 @@ def kept_size(axis: Axis, kept: Callable[[Axis], int]) -> int:
     return total
 
 
-def indices(axis: Axis, chosen: Callable[[Axis], Tensor | None]) -> Tensor:
-    """Which entries of the axis remain (1-d int64), when each atom keeps the entries `chosen(atom)` (None: all)."""
-    root = axis.find()
+def indices(axis: Axis, chosen: Callable[[Axis], Tensor | None], extent: Callable[[Axis], int] | None = None) -> Tensor:
+    """Which entries of the axis remain (1-d int64), when each atom keeps the entries `chosen(atom)` (None: all).
+
+    extent: size of a term, where axes that vary have another one than at the example.
+    """
+    root, size = axis.find(), extent or _hint
     if root.form is None:
         picked = chosen(root)
-        return torch.arange(root.hint) if picked is None else picked
+        return torch.arange(size(root)) if picked is None else picked
     if root.form == "concat":
         pieces, offset = [], 0
         for part in root.parts:
-            pieces.append(indices(part, chosen) + offset)
-            offset += part.find().hint
+            pieces.append(indices(part, chosen, extent) + offset)
+            offset += size(part.find())
         return torch.cat(pieces)
     result = torch.zeros(1, dtype=torch.int64)
     for part in root.parts:
-        result = (result[:, None] * part.find().hint + indices(part, chosen)).flatten()
+        result = (result[:, None] * size(part.find()) + indices(part, chosen, extent)).flatten()
     return result
+
+
+def _hint(axis: Axis) -> int:
+    return axis.hint
 
 
 def project(strength: Tensor, axis: Axis) -> Iterator[tuple[Axis, Tensor]]:
@@ -201,7 +221,7 @@ def _pieces(axis: Axis) -> tuple[Axis, ...]:
     root = axis.find()
     if root.form == "concat":
         return tuple(piece for part in root.parts for piece in _pieces(part))
-    return (root,)
+    return () if same(root.size, 0) else (root,)
 
 
 def _become(atom: Axis, root: Axis) -> None:
@@ -263,13 +283,19 @@ def _quotient(axis: Axis, minor: Axis) -> Axis:
 def _divide(size: Any, divisor: Any) -> Any:
     if isinstance(size, int) and isinstance(divisor, int):
         return size // divisor
-    return _plain(sympy.cancel(sympy.sympify(size) / divisor))
+    return _cancel(size, divisor)
 
 
 def _divides(divisor: Any, size: Any) -> bool:
     if isinstance(divisor, int) and isinstance(size, int):
         return divisor > 0 and size % divisor == 0
-    return sympy.denom(sympy.cancel(sympy.sympify(size) / divisor)) == 1
+    quotient = _cancel(size, divisor)
+    return isinstance(quotient, int) or sympy.denom(quotient) == 1
+
+
+@lru_cache(maxsize=4096)
+def _cancel(size: Any, divisor: Any) -> Any:
+    return _plain(sympy.cancel(sympy.sympify(size) / divisor))
 
 
 def _plain(size: Any) -> Any:

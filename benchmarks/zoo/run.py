@@ -1,0 +1,95 @@
+"""Each network in a process of its own, with a limit on time and memory, so that a crash is one line of the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .check import Record, check_network
+from .network import Network
+
+LAST_LINES = 3  # of a crashed child's standard error
+
+
+@dataclass(frozen=True)
+class Limits:
+    """For one network: seconds of its process, and GB of memory it may have."""
+
+    seconds: float = 240.0
+    gigabytes: float = 12.0
+
+
+def run_here(network: Network, shares: Sequence[float], results: Path) -> None:
+    """In the child: append the records of one network as JSON lines, each when it is there."""
+    for record in check_network(network, shares):
+        with results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def run_all(
+    networks: Sequence[Network], shares: Sequence[float], results: Path, limits: Limits, jobs: int
+) -> Iterator[Record]:
+    """Records in the order in which networks finish; they are appended to `results` as well."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in as_completed([pool.submit(_child, network, shares, results, limits) for network in networks]):
+            yield from future.result()
+
+
+def read(results: Path) -> list[Record]:
+    """The records of an earlier run; a line that was cut short ends them."""
+    records = []
+    for line in results.read_text().splitlines() if results.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _child(network: Network, shares: Sequence[float], results: Path, limits: Limits) -> list[Record]:
+    part = results.with_name(f"{network.name}.part")
+    part.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.zoo", "--one", network.name, "--results", str(part)]
+    command += ["--cuts", *map(str, shares)]
+    start = time.perf_counter()
+    ending, errors = "", ""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limits.seconds, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: _limit_memory(limits.gigabytes),
+        )  # fmt: skip
+        errors = done.stderr
+        if done.returncode:
+            last = " | ".join(errors.strip().splitlines()[-LAST_LINES:])
+            ending = f"the process ended with {done.returncode}: {last}"
+    except subprocess.TimeoutExpired:
+        ending = f"not finished after {limits.seconds:.0f} s"
+    records = read(part)
+    part.unlink(missing_ok=True)
+    if ending:
+        stage = "cut" if records else "process"
+        records.append(
+            {"network": network.name, "group": network.group, "stage": stage, "works": False, "reason": ending}
+        )
+    for record in records:
+        record["network_s"] = round(time.perf_counter() - start, 2)
+    with results.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    return records
+
+
+def _limit_memory(gigabytes: float) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30),) * 2)
+
+
+def as_json(records: Sequence[Record], summary: Any) -> str:
+    return json.dumps({"summary": summary, "records": list(records)}, indent=1)
