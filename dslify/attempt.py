@@ -48,10 +48,22 @@ def attempt(
         inner.recompile()
     functionalise(graph)
     graph.eliminate_dead_code()
+    if (node := _size_from_values(lifted)) is not None:
+        raise RuntimeError(f"a size depends on the values that {node} computes")
     own = fx.GraphModule(lifted, graph, class_name=type(module).__name__)
     own_tensors(own)
     own.eval()
     return own
+
+
+def _size_from_values(module: nn.Module) -> fx.Node | None:
+    """The first node whose shape holds a number that is known only when the graph runs."""
+    for node in (node for inner in graphs_in(module) for node in inner.graph.nodes):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, Tensor) else ():
+            if isinstance(size, torch.SymInt) and size.node.hint is None:
+                return node
+    return None
 
 
 def traced_copy(module: nn.Module) -> nn.Module:
@@ -59,9 +71,35 @@ def traced_copy(module: nn.Module) -> nn.Module:
     parameters and buffers with the given one, which tracing only reads: what is captured gets its own at the end."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     try:
-        return copied(module, dict(shared))
+        copy = copied(module, dict(shared))
     except Exception:  # open files, locks ...
         return module
+    for child in copy.modules():
+        _numbers_as_constants(child)
+    return copy
+
+
+def _constant(number: int, dtype: torch.dtype, _: nn.Module) -> Tensor:
+    return torch.tensor(number, dtype=dtype)
+
+
+def _numbers_as_constants(module: nn.Module) -> None:
+    """Whole numbers that a module holds as buffers (strides and paddings of some codecs) become constants: torch.export
+    reckons with those, and with a buffer it gives up where a size depends on it."""
+    numbers = {
+        name: (int(value), value.dtype)
+        for name, value in module._buffers.items()
+        if value is not None and not value.dim() and value.dtype in (torch.int32, torch.int64) and not value.is_meta
+    }
+    if not numbers:
+        return
+    constants = {
+        name: property(functools.partial(_constant, number, dtype)) for name, (number, dtype) in numbers.items()
+    }
+    for name in numbers:
+        del module._buffers[name]
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, **constants})
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from .functional import graphs_in, inner_graph, op_name, tensor_at
 from .rules import RULES, Axis, Binding, Reason, kept_size
 
 Kept = Mapping[Axis, int]
+KINDS = ("macs", "params")  # of work
 
 
 @dataclass(frozen=True)
@@ -78,23 +79,34 @@ class AxisMap:
                 return Reason(boundary.node.name, f"it {side}")
         return None
 
-    def macs(self, kept: Kept | None = None, projected: frozenset[int] = frozenset()) -> int:
-        """Multiply-accumulates per sample at the example's size."""
-        size = sizes(kept or {})
-        total = sum(math.prod(size(axis) for axis in axes) for _, axes in self.binding.macs)
+    def work(self, projected: frozenset[int] = frozenset()) -> Iterator[tuple[str, int, tuple[Axis, ...]]]:
+        """What macs and params are sums of: (kind, constant, axes whose sizes multiply with it). MACs of the captured
+        batch."""
+        for _, factors in self.binding.macs:
+            yield "macs", 1, factors
+        for name in self.weights:
+            yield "params", 1, self.parameters[name]
         for at in projected:
             boundary = self.boundaries[at]
             others = math.prod(axis.find().hint for i, axis in enumerate(boundary.axes) if i != boundary.channel_axis)
-            total += others * boundary.channels.hint * size(boundary.channels)
-        return total // self.batch
+            yield "macs", others * boundary.channels.hint, (boundary.channels,)
+            yield "params", boundary.channels.hint, (boundary.channels,)
+
+    def macs(self, kept: Kept | None = None, projected: frozenset[int] = frozenset()) -> int:
+        """Multiply-accumulates per sample at the example's size."""
+        return self._total("macs", kept, projected) // self.batch
 
     def params(self, kept: Kept | None = None, projected: frozenset[int] = frozenset()) -> int:
         """Number of parameters (buffers not counted)."""
+        return self._total("params", kept, projected)
+
+    def _total(self, wanted: str, kept: Kept | None, projected: frozenset[int]) -> int:
         size = sizes(kept or {})
-        total = 0
-        for name in self.weights:
-            total += math.prod(size(axis) for axis in self.parameters[name])
-        return total + sum(self.boundaries[at].channels.hint * size(self.boundaries[at].channels) for at in projected)
+        return sum(
+            constant * math.prod(map(size, factors))
+            for kind, constant, factors in self.work(projected)
+            if kind == wanted
+        )
 
     @cached_property
     def weights(self) -> tuple[str, ...]:

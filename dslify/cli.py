@@ -172,6 +172,7 @@ def finetune(
     beta: o.Beta = "0",
     rate: o.Rate = None,
     segment: o.Segment = None,
+    fit: o.Fit = True,
     resume: o.Resume = False,
     run_dir: o.RunDir = None,
     seed: o.Seed = "0",
@@ -189,6 +190,7 @@ def finetune(
         "alpha": number("alpha", alpha, "above 0", above=0),
         "beta": number("beta", beta, "0 or above", least=0),
         "seed": whole("seed", seed),
+        "fit": fit,
         "threads": None if threads is None else whole("threads", threads, least=1),
     }
     rate_hz, length = hertz(rate), seconds(segment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,9 +160,10 @@ def partition(graph: fx.Graph, cut: fx.Node, to: fx.Node | None = None, flow: Fl
     flow.add_writers(wanted, set())
     if (to is not None and to not in behind) or to is cut:
         raise CutError(f"--to {to}: it does not come after the cut {cut}.")
-    # sizes of base values are computed in the base: the whole value would have to cross for them otherwise
+    # sizes of base values, and parts of them, are computed in the base: the whole value would have to cross otherwise
     for node in nodes:
-        if node not in behind and node not in base and not _is_tensorial(node) and base.issuperset(flow.reads[node]):
+        small = not _is_tensorial(node) or node.target is operator.getitem
+        if small and node not in behind and node not in base and base.issuperset(flow.reads[node]):
             base.add(node)
     region = [node for node in nodes if node in wanted and node not in base and node.op != "output"]
     inside = set(region)

@@ -35,7 +35,7 @@ def host_of(net: fx.GraphModule, at: str, args: tuple[Any, ...], kwargs: dict[st
 
     net: gets the captured values of its nodes if it was loaded from a file, which does not hold them. Raises CutError.
     """
-    _remember_values(net, args, kwargs)
+    remember_values(net, args, kwargs)
     entering: dict[DSLayer, tuple[Any, ...]] = {}
     layers = dsl_layers(net)
     hooks = [layer.register_forward_pre_hook(lambda layer, seen: entering.update({layer: seen})) for layer in layers]
@@ -91,7 +91,7 @@ def _graphs(net: fx.GraphModule) -> Iterator[fx.GraphModule]:
     yield from map(_full, dsl_layers(net))
 
 
-def _remember_values(net: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def remember_values(net: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Give every node its captured value again (`meta["val"]`): capture the plain network, which is the same nodes."""
     nodes = [node for module in _graphs(net) for node in module.graph.nodes]
     if all("val" in node.meta for node in net.graph.nodes if node.op == "placeholder"):
@@ -113,6 +113,8 @@ def _remember_values(net: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[st
         )
     for node, found in zip(mine, theirs, strict=True):
         nodes[node.meta["place"]].meta["val"] = found.meta["val"]
+    for node in nodes:
+        del node.meta["place"]
     for module in _graphs(net):
         for node in module.graph.nodes:
             if node.op == "get_attr" and isinstance(held := tensor_at(module, str(node.target)), Tensor):

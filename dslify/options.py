@@ -71,6 +71,7 @@ SwitchSteps = Annotated[str, typer.Option("--switch-steps", metavar="N", help="o
 LearningRate = Annotated[str, typer.Option("--lr", metavar="RATE", help="peak learning rate")]
 Alpha = Annotated[str, typer.Option("--alpha", metavar="WEIGHT", help="of switch and light loss")]
 Beta = Annotated[str, typer.Option("--beta", metavar="WEIGHT", help="of the mask's L1; 0 leaves the mask")]
+Fit = Annotated[bool, typer.Option(help="start the light path from a least-squares fit")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", metavar="FOLDER", help="for checkpoints and logs (FILE.run)")]
 Threads = Annotated[

@@ -51,6 +51,7 @@ class Options:
     beta: float
     anchor: float
     seed: int
+    fit: bool
     cache_bytes: int
 
     def __post_init__(self) -> None:
@@ -99,14 +100,16 @@ class History:
 
     phases: "light" and "switch", those that ran. scale: per layer and output, mean absolute full output. unseen: mean
     relative difference between light and full on the switch's data, which the light path was not fitted to; None
-    without a switch phase. cached: the fast path was used. data: samples, sources and a digest for "light" and
-    "switch". fingerprints: a hash of every sample seen (not part of the JSON; data.json in the run folder).
+    without a switch phase. cached: the fast path was used. fitted: a light path started from a least-squares fit. data:
+    samples, sources and a digest for "light" and "switch". fingerprints: a hash of every sample seen (not part of the
+    JSON; data.json in the run folder).
     """
 
     phases: tuple[Phase, ...]
     scale: tuple[tuple[float, ...], ...]
     unseen: float | None
     cached: bool
+    fitted: bool
     options: dict[str, Any]
     data: dict[str, dict[str, Any]]
     notes: tuple[str, ...]

@@ -1,6 +1,7 @@
 """finetune(): teach the light path to answer like the full one, then the switch to predict how well it does.
 
     gather     one pass over the data of the light phase: the output scale, and what the paths read and should answer
+    fit        a closed-form start of the light path, layer by layer
     light      L_lwd, and with beta > 0 the mask too: beta L_comp + anchor L_anchor; base and full path frozen
     switch     L_switch on other inputs, everything else frozen: features and differences are computed once
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from .data import open_data
 from .errors import OptionError, TrainError
 from .gather import LightObjective, SwitchObjective, gather, judge
+from .refit import BATCH, SAMPLES, refit
 from .runs import History, Options, Phase, RunFolder, stop_requests
 from .samples import Samples, expected_shape, show_progress, split
 from .schedule import (
@@ -67,6 +69,7 @@ def finetune(
     checkpoint_every: int = 100,
     seed: int = 0,
     threads: int | None = None,
+    fit: bool = True,
     cache_bytes: int = CACHE_BYTES,
     progress: bool | None = None,
 ) -> History:
@@ -79,6 +82,8 @@ def finetune(
     beta = 0 the mask is frozen too and the full route stays what it was, exactly.
     run_dir: a folder for configuration, history, TensorBoard logs and checkpoints (every `checkpoint_every` steps, at
     SIGINT and SIGTERM, and at the end). resume: go on from its last checkpoint, with the same data and options.
+    fit: let a light path that is as insert() made it start from a least-squares fit of its layers on up to 64 samples
+    (while the data fits into cache_bytes).
     threads: of torch on the CPU, None for torch's own choice. progress: a bar on stderr, None where that is a terminal.
     cache_bytes: while all that frozen parts compute for the data fits into this, it is computed once and each step runs
     only what is trained (the normal, fast way); else each step runs the whole network. Same losses up to rounding.
@@ -89,7 +94,7 @@ def finetune(
     the data, a loss is not finite, the run folder cannot be used or there is nothing to resume; KeyboardInterrupt after
     a signal, with the last step in the checkpoint.
     """
-    options = Options(steps, switch_steps, batch_size, lr, alpha, beta, anchor, seed, cache_bytes)
+    options = Options(steps, switch_steps, batch_size, lr, alpha, beta, anchor, seed, fit, cache_bytes)
     if checkpoint_every < 1 or (threads is not None and threads < 1):
         raise OptionError(f"checkpoint_every and threads are at least 1; got {checkpoint_every} and {threads}.")
     layers = required_layers(net)
@@ -133,6 +138,7 @@ def finetune(
         scale=tuple(tuple(layer.scale.tolist()) for layer in layers),
         unseen=run.unseen,
         cached=run.cached,
+        fitted=run.fitted,
         options=asdict(options),
         data=data,
         notes=notes,
@@ -159,6 +165,7 @@ class _Run:
         self.saved_optimizer: dict[str, Any] | None = None
         self.unseen: float | None = None
         self.cached = False
+        self.fitted = False
         self.resumed_at: int | None = None
         self.folder: RunFolder | None = None
         self.stop_asked: Callable[[], bool] = lambda: False
@@ -172,12 +179,14 @@ class _Run:
             "random": torch.get_rng_state(),
             "unseen": self.unseen,
             "cached": self.cached,
+            "fitted": self.fitted,
         }
 
     def restore(self, state: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         for layer, saved in zip(self.layers, state["layers"], strict=True):
             load_trained_state(layer, saved)
-        self.saved_optimizer, self.unseen, self.cached = state["optimizer"], state["unseen"], state["cached"]
+        self.saved_optimizer, self.unseen = state["optimizer"], state["unseen"]
+        self.cached, self.fitted = state["cached"], state["fitted"]
         torch.set_rng_state(state["random"])
         self.step = self.resumed_at = state["step"]
         self.lines = lines
@@ -195,6 +204,10 @@ class _Run:
             for layer, scale in zip(self.layers, scales, strict=True):
                 layer.scale.copy_(scale)
         self.cached = tables is not None
+        if self.step == 0 and options.fit and tables is not None:
+            seen = positions(len(samples), min(SAMPLES, len(samples)), 0, options.seed, "light").split(BATCH)
+            for layer, table in zip(self.layers, tables, strict=True):
+                self.fitted |= refit(self.net, layer, [table.take(part)[0] for part in seen])
         paths = [parameter for layer in self.layers for parameter in layer.light.parameters()]
         for parameter in (*paths, *masks):
             parameter.requires_grad_(parameter.is_floating_point())

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from .axes import AxisMap
+from .axes import KINDS, AxisMap, sizes
 from .functional import symbolic
 from .rules import Axis
 
-FREE = 0.1  # of the entries asked for, that rounding to a multiple of 4 may add or take
+FREE = 0.05  # share of the light path's MACs and parameters that rounding up to multiples of 4 may add, in all
+WIDE = 16  # entries of an axis from which multiples of 4 matter
 PAYS = 0.25  # share of the light path's MACs that projections have to save
 
 
 def choose(axes: AxisMap, width: float, projected: frozenset[int] = frozenset()) -> dict[Axis, int]:
     """Kept size of every atom that shrinks at `width`: heads before head size, groups before their members."""
     shares: dict[Axis, float] = {}
-    free = {atom for atom in axes.atoms() if axes.shrinks(atom, projected)}
+    free = dict.fromkeys(atom for atom in axes.atoms() if axes.shrinks(atom, projected))  # in order: ties must not vary
     for term in _products(axes):
         share = width
         for part in term.parts:
@@ -27,7 +29,42 @@ def choose(axes: AxisMap, width: float, projected: frozenset[int] = frozenset())
                     share = min(1.0, share * atom.hint / rounded(atom.hint, settled))
     for atom in free:
         shares.setdefault(atom, width)
-    return {atom: rounded(atom.hint, share) for atom, share in shares.items()}
+    return _in_fours(axes, {atom: rounded(atom.hint, share) for atom, share in shares.items()}, projected)
+
+
+def _in_fours(axes: AxisMap, kept: dict[Axis, int], projected: frozenset[int]) -> dict[Axis, int]:
+    """Round up to multiples of 4 where that is all but free, the cheapest first.
+
+    Kernels like multiples of 4, and a narrow layer is a bottleneck for all that follows.
+    """
+    sums = list(axes.work(projected))
+    inside: dict[Axis, list[int]] = {}
+    for at, (_, _, factors) in enumerate(sums):
+        for atom in {atom for axis in factors for atom in axis.atoms()}:
+            inside.setdefault(atom, []).append(at)
+
+    def worth(at: int, change: dict[Axis, int]) -> int:
+        _, constant, factors = sums[at]
+        size = sizes({**kept, **change})
+        return constant * math.prod(map(size, factors))
+
+    now = [worth(at, {}) for at in range(len(sums))]
+    whole = {kind: max(1, sum(work for (k, _, _), work in zip(sums, now, strict=True) if k == kind)) for kind in KINDS}
+    prices = []
+    for atom, count in kept.items():
+        four = 4 * -(-count // 4)
+        if four != count and WIDE <= atom.hint >= four:
+            added = dict.fromkeys(KINDS, 0)
+            for at in inside.get(atom, ()):
+                added[sums[at][0]] += worth(at, {atom: four}) - now[at]
+            prices.append((max(added[kind] / whole[kind] for kind in KINDS), four, atom))
+    spent = 0.0
+    for price, four, atom in sorted(prices, key=lambda entry: entry[:2]):
+        spent += price
+        if spent > FREE:
+            break
+        kept[atom] = four
+    return kept
 
 
 def _products(axes: AxisMap) -> Iterator[Axis]:
@@ -49,13 +86,8 @@ def _products(axes: AxisMap) -> Iterator[Axis]:
 
 
 def rounded(size: int, share: float) -> int:
-    """Entries to keep of `size`: of wide axes the nearest multiple of 4, which kernels like, if that is within FREE of
-    what was asked for; else the nearest number."""
-    exact = size * share
-    if share >= 1:
-        return size
-    four = 4 * round(exact / 4)
-    return min(size, four) if size >= 32 and abs(four - exact) <= FREE * exact else max(1, round(exact))
+    """The whole number of entries that is nearest to this share of `size`, at least 1."""
+    return max(1, round(size * share))
 
 
 def decide_projections(axes: AxisMap, width: float) -> frozenset[int]:

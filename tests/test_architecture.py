@@ -14,8 +14,8 @@ ORDER = [
     "macs", "cut", "rules", "depth", "axes", "widths", "light", "layers", "inherit", "plan", "verify", "derive",
     "switch", "graft", "nest", "survey", "graph_json", "first_layer", "example_inputs", "vouched", "pickle_symbols",
     "pickles", "archives", "load", "insert", "store", "losses", "audio", "samples", "data", "runs", "schedule",
-    "gather", "train", "cost", "observe", "calibrate", "resampling", "measure", "report", "cut_tree", "picture",
-    "explained", "options", "console", "demo", "cli",
+    "gather", "refit", "train", "cost", "observe", "calibrate", "resampling", "measure", "report", "cut_tree",
+    "picture", "explained", "options", "console", "demo", "cli",
 ]  # fmt: skip
 
 
