@@ -118,7 +118,8 @@ def network_and_inputs(
     from .example_inputs import example_for
     from .load import load_model
 
-    network = load_model(model, trust=trust or (), code=code or (), arch=arch)
+    dsl = Path(model).suffix == ".dsl"  # gets another layer
+    network = dslified(Path(model)) if dsl else load_model(model, trust=trust or (), code=code or (), arch=arch)
     return network, example_for(network, spec)
 
 
@@ -155,22 +156,22 @@ def grouped(samples: Samples, by: str) -> Samples:
 def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -> None:
     """What was cut and where, with costs."""
     from . import report
-    from .cost import cost
+    from .cost import cost, planned
+    from .explained import explanation
     from .switch import dsl_layers
 
-    layer = dsl_layers(net)[0]
-    rows = cost(net)
-    out.document = {
-        "file": str(file),
-        "threshold": layer.threshold.item(),
-        "plan": layer.plan.to_json(),
-        "cost": [row.to_json() for row in rows],
-    }
-    out.show(report.surgery(rows, layer.plan))
-    if explain:
-        from .explained import explanation
-
-        out.show(explanation(layer.plan))
+    layers = dsl_layers(net)
+    rows = cost(net) if len(layers) == 1 else ()
+    documents = [{"threshold": layer.threshold.item(), "plan": layer.plan.to_json()} for layer in layers]
+    out.document = {"file": str(file), **documents[0], "cost": [row.to_json() for row in rows]}
+    if len(layers) > 1:
+        out.document["layers"] = documents
+    for at, layer in enumerate(layers):
+        if len(layers) > 1:
+            out.show("" if at else f"{len(layers)} Dynamic Switch Layers, the outermost first")
+        out.show(report.surgery(rows or planned(layer.plan), layer.plan))
+        if explain:
+            out.show(explanation(layer.plan))
 
 
 def show_cuts(out: Output, found: Survey, name: str, levels: int | None, picture: Path | None) -> str:

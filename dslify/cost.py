@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from .errors import OptionError
 from .functional import aliases
 from .macs import count, fake, parameter_count
+from .plan import Plan
 from .switch import DSLayer, dsl_layers, route
 
 
@@ -30,6 +31,11 @@ class Cost:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def planned(plan: Plan) -> tuple[Cost, ...]:
+    """Rows base, light and full as the surgery reckoned them, without bytes."""
+    return tuple(Cost(name, plan.params[name], plan.macs[name], 0) for name in ("base", "light", "full"))
 
 
 def cost(net: nn.Module) -> tuple[Cost, ...]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import first_layer
 from .errors import LoadError, OptionError
@@ -53,6 +53,12 @@ def example_for(model: nn.Module, spec: str | None = None) -> Example:
     brought = getattr(model, "example_input_array", None)
     if brought is not None:
         return _brought(model, brought)
+    if isinstance(model, fx.GraphModule) and "dslify" in model.meta:
+        shapes = model.meta["dslify"]["example"]
+        leaves = [values(model, tuple(shape), getattr(torch, kind)) for shape, kind in shapes]
+        spec_of = model.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+        args, kwargs = pytree.tree_unflatten(leaves, spec_of)
+        return _named(args, kwargs, "as it was cut before")
     for name in ("pretrained_cfg", "default_cfg"):
         settings = getattr(model, name, None)
         size = settings.get("input_size") if isinstance(settings, Mapping) else getattr(settings, "input_size", None)

@@ -288,6 +288,17 @@ def test_insert_at_auto_takes_the_cut_that_inspect_marks(model: Path, monkeypatc
     assert dslify.dsl_layers(dslify.load("model.dsl"))[0].plan.at == "encoder.block3"
 
 
+def test_a_second_layer_goes_into_the_file_of_the_first(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    done("insert", "model.pt", "--at", "encoder.block2", "--input", f"1x1x{LENGTH}", "-o", "one.dsl")
+    said = done("insert", "one.dsl", "--at", "encoder.block4", "-o", "two.dsl").stdout
+    assert f"input 1x1x{LENGTH} (as it was cut before)" in said
+    assert "2 Dynamic Switch Layers" in said
+    found = document("inspect", "two.dsl")
+    assert [layer["plan"]["at"] for layer in found["layers"]] == ["encoder.block2", "encoder.block4"]
+    assert len(dslify.dsl_layers(dslify.load("two.dsl"))) == 2
+
+
 def test_depth_leaves_branches_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["insert", "tests.zoo:vit", "--at", "blocks.1", "--force"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 import dslify
+from dslify import derive
 from dslify.axes import analyse
 from dslify.capture import Graph, capture, scope_inputs
 from dslify.cut import find_cut, partition
@@ -28,6 +33,7 @@ from dslify.widths import choose
 from .cuts import chosen_cuts
 from .network import Network
 
+surgery = importlib.import_module("dslify.insert")  # the room: dslify.insert is the function
 EXACT = 1e-5  # of the largest output
 WIDTH = 0.1
 Record = dict[str, Any]
@@ -76,11 +82,16 @@ def check_network(network: Network, shares: Sequence[float]) -> Iterator[Record]
 def _check_cut(captured: Graph, at: str, examples: dict[int, Example], expected: dict[int, Any]) -> Record:
     record: Record = {}
     try:
-        record |= _surgery(captured, at)
+        fresh, checks = _fresh(captured), Stopwatch()
         start = time.perf_counter()
-        net = insert_into(_fresh(captured), Request(at=at, width=WIDTH))
+        with (
+            checks.on(derive, "permutation_error", "in_child"),
+            checks.on(surgery, "region_inputs", "_check_full_route"),
+        ):
+            net = insert_into(fresh, Request(at=at, width=WIDTH))
         record["insert_into_s"] = time.perf_counter() - start
-        record |= _plan(net)
+        record["surgery_s"] = record["insert_into_s"] - checks.seconds
+        record |= {**_plan(net), **_unprojected(captured, at)}
         for batch, example in examples.items():
             _run_of(
                 net, "full", example, f"full route, batch of {batch}", lambda found, b=batch: _same(found, expected[b])
@@ -102,17 +113,38 @@ def _check_cut(captured: Graph, at: str, examples: dict[int, Example], expected:
     return {**record, "works": True, "reason": ""}
 
 
-def _surgery(captured: Graph, at: str) -> Record:
-    """Seconds of the analysis, and the shares that are left at WIDTH without projections."""
-    module = _fresh(captured).module
-    start = time.perf_counter()
-    full = region_module(module, partition(module.graph, find_cut(module.graph, at, module)))
-    axes = analyse(full)
+class Stopwatch:
+    """Seconds that the functions of a module take, while on() lasts."""
+
+    seconds = 0.0
+
+    @contextmanager
+    def on(self, module: ModuleType, *names: str) -> Iterator[None]:
+        before = {name: getattr(module, name) for name in names}
+        for name, function in before.items():
+            setattr(module, name, functools.partial(self._timed, function))
+        try:
+            yield
+        finally:
+            for name, function in before.items():
+                setattr(module, name, function)
+
+    def _timed(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def _unprojected(captured: Graph, at: str) -> Record:
+    """The shares that are left at WIDTH without projections."""
+    module = captured.module
+    axes = analyse(region_module(module, partition(module.graph, find_cut(module.graph, at, module))))
     kept = choose(axes, WIDTH)
-    record: Record = {"analysis_s": time.perf_counter() - start}
-    if axes.params() and axes.macs():
-        record["without_projection"] = [axes.params(kept) / axes.params(), axes.macs(kept) / axes.macs()]
-    return record
+    if not axes.params() or not axes.macs():
+        return {}
+    return {"without_projection": [axes.params(kept) / axes.params(), axes.macs(kept) / axes.macs()]}
 
 
 def _plan(net: nn.Module) -> Record:

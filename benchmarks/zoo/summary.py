@@ -58,16 +58,16 @@ def summarise(records: Sequence[Record], cuts: int) -> dict[str, Any]:
             name: rows[0]["batch_of_three"] for name, rows in captured.items() if "batch_of_three" in rows[0]
         },
         "without a rule": _total(row.get("ledger", {}) for row in records),
-        "light / region at width 0.1": {
-            f"{what}, {kind}": _spread([row[key][at] for row in records if row.get("works") and key in row])
+        "light / region at width 0.1, by network": {
+            f"{what}, {kind}": _spread([statistics.median(shares) for shares in _shares(captured, key, at)])
             for key, kind in (("with_projection", "projected"), ("without_projection", "unprojected"))
             for at, what in enumerate(("parameters", "MACs"))
         },
         "seconds": {
             "capture": _times(one_capture),
-            "surgery without checks": _times([row["analysis_s"] for row in records if "analysis_s" in row]),
-            "surgery": _times([row["insert_into_s"] for row in records if "insert_into_s" in row]),
-            "insert": _times(inserts),
+            "surgery": _times([row["surgery_s"] for row in records if "surgery_s" in row]),
+            "surgery and its checks": _times([row["insert_into_s"] for row in records if "insert_into_s" in row]),
+            "insert, in all": _times(inserts),
         },
     }
 
@@ -76,7 +76,7 @@ def text(summary: dict[str, Any]) -> str:
     """The summary for a terminal."""
     lines = [f"{name:<34} {summary[name]}" for name in list(summary)[:6]]
     lines.append(f"{'share that works':<34} {summary['share that works']:.1%}")
-    for title in ("light / region at width 0.1", "seconds"):
+    for title in ("light / region at width 0.1, by network", "seconds"):
         lines += ["", title]
         for name, figures in summary[title].items():
             lines.append(f"  {name:<32} " + "  ".join(f"{word} {value:.4g}" for word, value in figures.items()))
@@ -87,6 +87,12 @@ def text(summary: dict[str, Any]) -> str:
         lines += ["", "exceptions"]
         lines += [f"  {row['network']} {row['at']}: {row['reason']}" for row in summary["exceptions"]]
     return "\n".join(lines)
+
+
+def _shares(captured: dict[str, list[Record]], key: str, at: int) -> list[list[float]]:
+    """Of every network, the shares at its cuts."""
+    shares = ([row[key][at] for row in rows if row.get("works") and key in row] for rows in captured.values())
+    return [each for each in shares if each]
 
 
 def _spread(values: list[float]) -> dict[str, float]:
