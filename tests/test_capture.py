@@ -424,3 +424,30 @@ def test_writes_into_slices_stay_with_the_memory_they_write():
             assert net(x).shape == model(x).shape
     with pytest.raises(CutError, match="writes into a value in place"):
         dslify.insert(model, "b", 0.5, (x[:1],))
+
+
+class PadsByBuffers(nn.Module):
+    """Strides and kernel sizes kept as buffers, as EnCodec does; the padding is reckoned from them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 4, 5, 2)
+        self.register_buffer("kernel", torch.tensor(5))
+        self.register_buffer("stride", torch.tensor(2, dtype=torch.int32))
+
+    def forward(self, x):
+        frames = torch.ceil((x.shape[-1] - self.stride) / self.stride).to(torch.int64)
+        wanted = (frames - 1) * self.stride + self.kernel
+        return self.conv(nn.functional.pad(x, (0, wanted - x.shape[-1])))
+
+
+def test_numbers_in_buffers_are_reckoned_with():
+    model = PadsByBuffers()
+    x = torch.randn(2, 2, 33)
+    graph = capture(model, (x,))
+    assert graph.dynamic.startswith("batch varies")
+    assert list(dict(model.named_buffers())) == ["kernel", "stride"], "the given network is left as it was"
+    assert type(model) is PadsByBuffers
+    for batch in (1, 3):
+        x = torch.randn(batch, 2, 33)
+        torch.testing.assert_close(graph.module(x), model(x), rtol=CLOSE, atol=CLOSE)

@@ -149,3 +149,21 @@ def test_finding_every_cut_of_a_big_graph_is_quick():
     sizes = [len(partition(graph, node, flow=flow).region) for node in nodes if node is not found["stages"]]
     assert time.process_time() - start < 5
     assert max(sizes) == 250 * 8 - 7
+
+
+class TwoHalves(nn.Module):
+    """The right half is split off in the base, and read behind the cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(4, 8), nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, x):
+        left, right = self.stem(x).chunk(2, -1)
+        return self.left(left).relu() + self.right(right)
+
+
+def test_a_part_of_a_split_crosses_and_not_the_split():
+    graph = capture(TwoHalves(), (torch.randn(2, 4),)).module.graph
+    parts = partition(graph, find_cut(graph, "left"))
+    assert [node.name for node in parts.crossing] == ["getitem_1"]

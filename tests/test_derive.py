@@ -135,3 +135,31 @@ def test_group_norm_behind_a_channels_last_cut_trains():
     net(x)
     layer.paths.light[0].square().mean().backward()
     assert all(weight.grad is not None for weight in layer.light.parameters())
+
+
+class HeadsInTheBatch(nn.Module):
+    """Heads folded into the batch axis, in the value that crosses the cut too, as BLOOM's ALiBi."""
+
+    def __init__(self):
+        super().__init__()
+        self.front, self.qkv, self.out = nn.Linear(8, 32), nn.Linear(32, 96), nn.Linear(32, 8)
+        self.slopes = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        bias = (self.slopes[None, :, None] * x[:, None, :, 0]).reshape(batch * 4, 1, length)
+        q, k, v = (
+            self.qkv(self.front(x + bias.mean())).view(batch, length, 4, 3, 8).permute(3, 0, 2, 1, 4).flatten(1, 2)
+        )
+        mixed = torch.baddbmm(bias, q, k.transpose(1, 2)).softmax(-1) @ v
+        return self.out(mixed.view(batch, 4, length, 8).transpose(1, 2).reshape(batch, length, 32))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_heads_folded_into_the_batch(batch):
+    net = dslify.insert(HeadsInTheBatch(), "front", 0.5, (torch.randn(batch, 5, 8),))
+    (layer,) = dslify.dsl_layers(net)
+    assert not layer.plan.distrusted
+    assert layer.plan.crossing
+    with torch.no_grad(), dslify.route(net, "light"):
+        assert net(torch.randn(4, 5, 8)).shape == (4, 5, 8)
