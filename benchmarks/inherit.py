@@ -83,7 +83,7 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/inherit.py", description="The light path's first weights.")
     parser.add_argument("--data", type=Path, required=True, help="a folder with train/speech and test/speech")
-    parser.add_argument("--width", type=float, default=0.25, help="of the codec's light path")
+    parser.add_argument("--width", type=float, default=0.22, help="of the codec's light path")
     parser.add_argument("--steps", type=count, default=400, help="for the codec; the CNN takes three quarters of them")
     parser.add_argument("--seeds", type=count, default=3, help="how many; of the batches and of random weights")
     parser.add_argument("--json", type=Path, help="write all figures here")

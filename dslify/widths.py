@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
 from .axes import KINDS, AxisMap, sizes
 from .functional import symbolic
 from .rules import Axis
@@ -118,4 +121,22 @@ def _projectable(axes: AxisMap, at: int) -> bool:
         return False
     everything = frozenset(range(len(axes.boundaries)))
     fixed = isinstance(symbolic(boundary.channels.size), int)
+    if boundary.is_input and not _differentiable(boundary.node):
+        return False
     return fixed and any(axes.shrinks(atom, everything) for atom in boundary.channels.atoms())
+
+
+def _differentiable(node: fx.Node) -> bool:
+    """Whether a gradient can come back from an output: not through the whole numbers that a quantizer chooses."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "output":
+                return True
+            values = pytree.tree_leaves(user.meta.get("val"))
+            if user not in seen and any(
+                isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in values
+            ):
+                seen.add(user)
+                waiting.append(user)
+    return False
