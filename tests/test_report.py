@@ -75,7 +75,7 @@ def history() -> History:
     falling = tuple(np.exp(-np.arange(400) / 90).tolist())
     data = {"light": {"samples": 300, "sources": 30}, "switch": {"samples": 100, "sources": 10}}
     phases = (Phase("light", {"total": falling, "light": falling}, 12.2), Phase("switch", {"total": falling}, 2.0))
-    return History(phases, ((1.0,),), 0.31, True, {}, data, ("something to know",))
+    return History(phases, ((1.0,),), 0.31, True, True, {}, data, ("something to know",))
 
 
 def tensors(layers: range) -> Iterator[NarrowedTensor]:
