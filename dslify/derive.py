@@ -15,7 +15,7 @@ from .errors import OptionError, VerifyError
 from .isolate import in_child
 from .light import build
 from .verify import PERMUTED, check_light, misfit, misunderstood, permutation_error
-from .widths import choose, decide_projections
+from .widths import decide
 
 ATTEMPTS = 8  # operators that may turn out to be misunderstood before it is given up
 
@@ -67,8 +67,7 @@ def derive(
             _distrust(distrusted, misunderstood(axes, inputs, seed), "its rule does not hold here", None)
             continue
         reached = width if cost is None else width_for(axes, cost, projection)
-        projected = decide_projections(axes, reached) if projection else frozenset()
-        kept = choose(axes, reached, projected) if reached < 1 else {}
+        kept, projected = decide(axes, reached, projection)
         light = build(axes, kept, projected)
         try:
             in_child(lambda light=light: check_light(light, full, inputs))  # type: ignore[misc]
@@ -93,8 +92,7 @@ def width_for(axes: AxisMap, cost: float, projection: bool) -> float:
     whole = axes.macs()
 
     def share(width: float) -> float:
-        projected = decide_projections(axes, width) if projection else frozenset()
-        return axes.macs(choose(axes, width, projected), projected) / max(1, whole)
+        return axes.macs(*decide(axes, width, projection)) / max(1, whole)
 
     low, high = 1e-3, 1.0
     if share(low) > cost:

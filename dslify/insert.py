@@ -22,7 +22,7 @@ from .nest import flatten, host_of, plain
 from .plan import Plan, narrowed, projections
 from .survey import Survey
 from .switch import Layout, dsl_layers, route
-from .widths import choose
+from .widths import decide
 
 MASKS = ("channel", "element")
 EXACT = 1e-6  # relative: full route against the given network
@@ -169,7 +169,7 @@ def insert_into(captured: Graph, request: Request, first: Layout | None = None) 
             "base": sum(macs.get(node, 0) for node in parts.base),
             "full": sum(node_macs(region, samples).values()),
             "light": axes.macs(kept, projected),
-            "unprojected": axes.macs(choose(axes, derived.width) if derived.width < 1 else {}),
+            "unprojected": axes.macs(*decide(axes, derived.width, projection=False)),
         },
         projections=projections(axes, kept, projected),
         tensors=narrowed(axes, kept, projected),

@@ -54,7 +54,7 @@ def host_of(net: fx.GraphModule, at: str, args: tuple[Any, ...], kwargs: dict[st
     host = places[at]
     if host is None:
         return Host(Graph(net, args, kwargs, dynamic, 0.0, expected), None, Layout(0))
-    with torch.no_grad(), route(host, "full") if dsl_layers(_full(host)) else torch.no_grad():
+    with torch.no_grad(), route(host, "full"):
         answer = host.full(*entering[host])
     return Host(Graph(_full(host), entering[host], {}, dynamic, 0.0, answer), host, host.inputs[0])
 
@@ -105,9 +105,8 @@ def remember_values(net: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str
     flat.recompile()
     again = capture(flat, args, kwargs).module
     mine, theirs = ([n for n in g.graph.nodes if n.op in ("placeholder", "call_function")] for g in (flat, again))
-    if [(n.op, n.op == "placeholder" or n.target) for n in mine] != [
-        (n.op, n.op == "placeholder" or n.target) for n in theirs
-    ]:
+    called, called_again = ([n.op == "placeholder" or n.target for n in found] for found in (mine, theirs))
+    if called != called_again:
         raise CaptureError(
             "The network from this file cannot be captured a second time; insert both layers before it is saved."
         )

@@ -16,7 +16,7 @@ from .inherit import adjusted
 from .light import build
 from .nest import plain, remember_values
 from .switch import DSLayer
-from .widths import choose, decide_projections
+from .widths import decide
 
 SAMPLES, BATCH = 64, 16  # that the fit looks at, and how many at once
 
@@ -40,8 +40,7 @@ def refit(net: nn.Module, layer: DSLayer, batches: Sequence[tuple[Any, ...]]) ->
     flat = plain(full)
     region, _ = shallower(flat, plan.depth)
     axes = analyse(region, plan.distrusted, samples_of(full.graph, layer.inputs[0]))
-    projected = decide_projections(axes, plan.width) if plan.projections else frozenset()
-    kept = choose(axes, plan.width, projected) if plan.width < 1 else {}
+    kept, projected = decide(axes, plan.width, bool(plan.projections))
     fresh, found = build(axes, kept, projected).state_dict(), light.state_dict()
     if fresh.keys() != found.keys() or not all(torch.equal(fresh[name], found[name].cpu()) for name in fresh):
         return False

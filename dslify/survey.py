@@ -22,7 +22,7 @@ from .functional import size_words, tensor_at
 from .graft import region_module, samples_of
 from .plan import Projection, projections
 from .switch import Layout
-from .widths import choose, decide_projections
+from .widths import decide
 
 LIGHT_SHARE = 0.5  # of the inputs, for the expected cost by which cuts are compared
 BASE = (0.2, 0.5)  # of the network's MACs: with less the switch sees little, with more little can be saved
@@ -139,8 +139,7 @@ class Survey:
         try:
             region = region_module(self.module, partition(self.module.graph, cut, flow=self._flow))
             axes = analyse(region, samples=self._samples)
-            projected = decide_projections(axes, self.width) if self.projection else frozenset()
-            kept = choose(axes, self.width, projected) if self.width < 1 else {}
+            kept, projected = decide(axes, self.width, self.projection)
         except Exception as error:  # one cut that cannot be followed must not hide the others
             return {"reason": f"no light path can be derived behind it: {one_line(error)}"}
         return {

@@ -17,6 +17,13 @@ WIDE = 16  # entries of an axis from which multiples of 4 matter
 PAYS = 0.25  # share of the light path's MACs that projections have to save
 
 
+def decide(axes: AxisMap, width: float, projection: bool = True) -> tuple[dict[Axis, int], frozenset[int]]:
+    """What a light path of this width is: the kept size of every atom that shrinks, and the boundaries with a
+    projection (none if `projection` is off)."""
+    projected = decide_projections(axes, width) if projection else frozenset()
+    return choose(axes, width, projected) if width < 1 else {}, projected
+
+
 def choose(axes: AxisMap, width: float, projected: frozenset[int] = frozenset()) -> dict[Axis, int]:
     """Kept size of every atom that shrinks at `width`: heads before head size, groups before their members."""
     shares: dict[Axis, float] = {}
