@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from .functional import graphs_in, inner_graph, op_name, tensor_at
+from .functional import graphs_in, hint_of, inner_graph, op_name, tensor_at
 from .rules import RULES, Axis, Binding, Reason, kept_size
 
 Kept = Mapping[Axis, int]
@@ -130,32 +130,9 @@ def analyse(region: fx.GraphModule, distrusted: Mapping[str, str] | None = None,
     distrusted: node name -> why its row is not believed; such a node freezes what it touches, as one without a row.
     samples: batch size of the captured values; by default the first axis of the first input.
     """
-    hint = _hints(region)
-    distrusted = distrusted or {}
-    b = Binding(hint)
-    parameters: dict[str, tuple[Axis, ...]] = {}
-    tied: dict[int, tuple[Axis, ...]] = {}
-    inputs, outputs = [], []
-    for node in region.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder":
-            b.terms[node] = (
-                tuple(b.one() if size == 1 else b.neutral(size) for size in value.shape)
-                if isinstance(value, Tensor)
-                else ()
-            )
-            if isinstance(value, Tensor):
-                inputs.append(node)
-        elif node.op == "get_attr":
-            tensor = tensor_at(region, node.target)
-            if not isinstance(tensor, Tensor):
-                b.terms[node] = ()
-                continue
-            b.terms[node] = parameters[node.target] = tied.setdefault(id(tensor), b.parameter(tensor))
-        elif node.op == "output":
-            outputs = [out for out in node.all_input_nodes if isinstance(out.meta.get("val"), Tensor)]
-        else:
-            b.terms[node] = _bind(b, node, distrusted)
+    b, parameters = _bound(region, region.graph.nodes, distrusted or {})
+    inputs = [node for node in region.graph.nodes if node.op == "placeholder" and _is_tensor(node)]
+    outputs = [node for node in list(region.graph.nodes)[-1].all_input_nodes if _is_tensor(node)]
     ties: dict[Axis, set[tuple[int, int]]] = {}
     strength = _touch_strength(region, parameters)
     boundaries = []
@@ -168,13 +145,42 @@ def analyse(region: fx.GraphModule, distrusted: Mapping[str, str] | None = None,
     return AxisMap(region, b, parameters, tuple(boundaries), frozen_ties, samples or _batch(inputs))
 
 
-def node_macs(module: fx.GraphModule, samples: int | None = None) -> dict[fx.Node, int]:
-    """MACs per sample of every node that has any, at the captured size. samples: as in analyse()."""
-    axes = analyse(module, samples=samples)
+def node_macs(module: fx.GraphModule, samples: int, among: Iterable[fx.Node] | None = None) -> dict[fx.Node, int]:
+    """MACs per sample of every node that has any, at the captured size.
+
+    samples: batch size of the captured values. among: the nodes to look at, in order, with all that they read.
+    """
+    b, _ = _bound(module, among or module.graph.nodes, {})
     found: dict[fx.Node, int] = {}
-    for node, factors in axes.binding.macs:
+    for node, factors in b.macs:
         found[node] = found.get(node, 0) + math.prod(axis.find().hint for axis in factors)
-    return {node: macs // axes.batch for node, macs in found.items()}
+    return {node: macs // samples for node, macs in found.items()}
+
+
+def _bound(
+    module: fx.GraphModule, nodes: Iterable[fx.Node], distrusted: Mapping[str, str]
+) -> tuple[Binding, dict[str, tuple[Axis, ...]]]:
+    """The rows of these nodes, run, and the axes of the parameters among them."""
+    b = Binding(_hints(module))
+    parameters: dict[str, tuple[Axis, ...]] = {}
+    tied: dict[int, tuple[Axis, ...]] = {}
+    for node in nodes:
+        if node.op == "placeholder":
+            shape = node.meta["val"].shape if _is_tensor(node) else ()
+            b.terms[node] = tuple(b.one() if size == 1 else b.neutral(size) for size in shape)
+        elif node.op == "get_attr":
+            tensor = tensor_at(module, str(node.target))
+            if isinstance(tensor, Tensor):
+                b.terms[node] = parameters[str(node.target)] = tied.setdefault(id(tensor), b.parameter(tensor))
+            else:
+                b.terms[node] = ()
+        elif node.op != "output":
+            b.terms[node] = _bind(b, node, distrusted)
+    return b, parameters
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _bind(b: Binding, node: fx.Node, distrusted: Mapping[str, str]) -> Any:
@@ -225,10 +231,8 @@ def _hints(region: fx.GraphModule) -> Callable[[Any], int]:
                 values[size.node.expr] = int(size.node.hint)
 
     def hint(size: Any) -> int:
-        if isinstance(size, int):
-            return size
-        if isinstance(size, torch.SymInt):
-            return int(size.node.hint)
+        if isinstance(size, (int, torch.SymInt)):
+            return hint_of(size)
         return values[size] if size in values else int(sympy.sympify(size).subs(values))
 
     return hint
@@ -251,5 +255,4 @@ def _channel_axis(axes: tuple[Axis, ...], strength: Mapping[Axis, int]) -> int |
 
 def _batch(inputs: list[fx.Node]) -> int:
     """Samples in the captured example."""
-    first = inputs[0].meta["val"].shape[0] if inputs and inputs[0].meta["val"].dim() else 1
-    return max(1, int(first.node.hint) if isinstance(first, torch.SymInt) else 1)
+    return max(1, hint_of(inputs[0].meta["val"].shape[0])) if inputs and inputs[0].meta["val"].dim() else 1

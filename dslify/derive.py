@@ -46,7 +46,7 @@ def derive(
     depth: float = 1.0,
     projection: bool = True,
     seed: int = 0,
-    samples: int | None = None,
+    samples: int = 1,
 ) -> Derived:
     """The light path of the region `full`, verified on `inputs` (values of cut and crossing).
 

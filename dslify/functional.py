@@ -25,8 +25,10 @@ def op_name(node: fx.Node) -> str:
 
 def tensor_at(module: nn.Module, target: str) -> Any:
     """The parameter, buffer or attribute under a dotted name."""
-    owner, _, name = target.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
+    *path, name = target.split(".")
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]
+    return getattr(module, name)
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
@@ -70,6 +72,11 @@ def symbolic(size: Any) -> Any:
         return size
     expression = size.node.expr if hasattr(size, "node") else size
     return int(expression) if expression.is_Integer else expression
+
+
+def hint_of(size: Any) -> int:
+    """An int or SymInt at the example."""
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def size_words(value: torch.Tensor) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from .axes import AxisMap, Boundary
 from .capture import Graph
 from .cut import Partition
 from .errors import CutError
-from .functional import put_tensor, symbolic, tensor_at
+from .functional import hint_of, put_tensor, symbolic, tensor_at
 from .switch import DSLayer, Layout, Mask, Switch
 
 
@@ -146,12 +146,13 @@ def batch_of(graph: fx.Graph, samples: Layout) -> Any:
     return None
 
 
-def samples_of(graph: fx.Graph, samples: Layout) -> int | None:
-    """Batch size of the captured values; None where the capture fixed it. samples: as in make_layer()."""
-    if batch_of(graph, samples) is None:
-        return None
-    first = next(node for node in graph.nodes if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor))
-    return int(first.meta["val"].shape[samples.axis].node.hint) // samples.per_sample
+def samples_of(graph: fx.Graph, samples: Layout) -> int:
+    """Batch size of the captured values. samples: as in make_layer()."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.dim() and samples.axis is not None:
+            return max(1, hint_of(value.shape[samples.axis]) // samples.per_sample)
+    return 1
 
 
 def layout(node: fx.Node, batch: Any) -> Layout | None:

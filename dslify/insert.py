@@ -152,7 +152,7 @@ def insert_into(captured: Graph, request: Request, first: Layout | None = None) 
     )
     axes, kept, projected = derived.axes, derived.kept, derived.projected
     layer = make_layer(module, parts, axes, derived.light, full, inputs, request.mask, request.seed, first)
-    macs = node_macs(module, samples)
+    untouched = region is axes.region and not derived.distrusted
     layer.plan = Plan(
         at=request.at,
         scope=request.scope,
@@ -166,8 +166,8 @@ def insert_into(captured: Graph, request: Request, first: Layout | None = None) 
             "light": parameter_count(derived.light),
         },
         macs={
-            "base": sum(macs.get(node, 0) for node in parts.base),
-            "full": sum(node_macs(region, samples).values()),
+            "base": sum(node_macs(module, samples, parts.base).values()),
+            "full": axes.macs() if untouched else sum(node_macs(region, samples).values()),
             "light": axes.macs(kept, projected),
             "unprojected": axes.macs(*decide(axes, derived.width, projection=False)),
         },

@@ -15,6 +15,7 @@ from .functional import op_name, put_tensor, tensor_at
 from .rules import Axis, Scaled, arguments, indices, project, set_argument
 
 aten = torch.ops.aten
+PIECE = 2**18  # values of a weight that are squared at a time
 
 
 def strongest(axes: AxisMap, kept: Kept) -> dict[Axis, Tensor]:
@@ -25,13 +26,25 @@ def strongest(axes: AxisMap, kept: Kept) -> dict[Axis, Tensor]:
         weight = tensor_at(axes.region, name)
         if not weight.is_floating_point():
             continue
-        squares = weight.detach().double().square()
-        for at, axis in enumerate(axes.parameters[name]):
-            others = [dim for dim in range(squares.dim()) if dim != at]
-            for atom, share in project(squares.sum(others) if others else squares, axis):
+        shrinking = [at for at, axis in enumerate(axes.parameters[name]) if any(atom in kept for atom in axis.atoms())]
+        if not shrinking:
+            continue
+        for at, strengths in _squared_norms(weight.detach(), shrinking).items():
+            for atom, share in project(strengths, axes.parameters[name][at]):
                 if atom in kept:
                     strength[atom] = strength.get(atom, 0) + share
     return {atom: strength[atom].topk(size).indices.sort().values for atom, size in kept.items()}
+
+
+def _squared_norms(weight: Tensor, dims: list[int]) -> dict[int, Tensor]:
+    """Per axis the sum of squares over all others, piece by piece: squares of the whole would leave the cache."""
+    others = {at: [dim for dim in range(weight.dim()) if dim != at] for at in dims}
+    sums: dict[int, list[Tensor]] = {at: [] for at in dims}
+    for piece in weight.split(max(1, PIECE * len(weight) // weight.numel())):
+        squares = piece.float().square()
+        for at in dims:
+            sums[at].append((squares.sum(others[at]) if others[at] else squares).double())
+    return {at: torch.cat(parts) if at == 0 else torch.stack(parts).sum(0) for at, parts in sums.items()}
 
 
 def build(axes: AxisMap, kept: Kept, projected: frozenset[int] = frozenset()) -> fx.GraphModule:

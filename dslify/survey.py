@@ -18,7 +18,7 @@ from .axes import AxisMap, Kept, analyse, sizes
 from .capture import Graph, capture, scope_inputs
 from .cut import CutPoint, Flow, cut_points_of, exits, partition
 from .errors import CutError, one_line
-from .functional import size_words, tensor_at
+from .functional import hint_of, size_words, tensor_at
 from .graft import region_module, samples_of
 from .plan import Projection, projections
 from .switch import Layout
@@ -130,9 +130,7 @@ class Survey:
         cut = self._nodes[point.path]
         values = [self._values[name] for name in point.crossing]
         shapes = tuple(size_words(value) if isinstance(value, Tensor) else () for value in values)
-        held = sum(
-            _bytes(value, self._samples or 1) for value in (cut.meta["val"], *values) if isinstance(value, Tensor)
-        )
+        held = sum(_bytes(value, self._samples) for value in (cut.meta["val"], *values) if isinstance(value, Tensor))
         return SurveyPoint(**vars(point), value=cut.name, block=block, crossing_shapes=shapes, bytes=held)
 
     def _light(self, cut: fx.Node) -> dict[str, Any]:
@@ -247,12 +245,8 @@ def _kept_whole(axes: AxisMap, kept: Kept) -> int:
 
 
 def _bytes(value: Tensor, samples: int) -> int:
-    held = math.prod(map(_hint, value.shape)) * value.element_size()
+    held = math.prod(map(hint_of, value.shape)) * value.element_size()
     return held // samples if any(isinstance(size, SymInt) for size in value.shape) else held
-
-
-def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, SymInt) else int(size)
 
 
 def _percent(share: float) -> str:

@@ -12,9 +12,10 @@ from .axes import KINDS, AxisMap, sizes
 from .functional import symbolic
 from .rules import Axis
 
-FREE = 0.05  # share of the light path's MACs and parameters that rounding up to multiples of 4 may add, in all
+FREE = 0.02  # share of the light path's MACs and parameters that rounding to multiples of 4 may add, in all
+LESS = 0.08  # share of an axis' entries that rounding down to a multiple of 4 may take
 WIDE = 16  # entries of an axis from which multiples of 4 matter
-PAYS = 0.25  # share of the light path's MACs that projections have to save
+PAYS = 0.2  # share of the light path's MACs that projections have to save
 
 
 def decide(axes: AxisMap, width: float, projection: bool = True) -> tuple[dict[Axis, int], frozenset[int]]:
@@ -43,10 +44,14 @@ def choose(axes: AxisMap, width: float, projected: frozenset[int] = frozenset())
 
 
 def _in_fours(axes: AxisMap, kept: dict[Axis, int], projected: frozenset[int]) -> dict[Axis, int]:
-    """Round up to multiples of 4 where that is all but free, the cheapest first.
+    """Round to multiples of 4: down where that takes little, else up where that is all but free, the cheapest first.
 
     Kernels like multiples of 4, and a narrow layer is a bottleneck for all that follows.
     """
+    for atom, count in kept.items():
+        four = 4 * (count // 4)
+        if atom.hint >= WIDE and count - four <= LESS * count:
+            kept[atom] = four
     sums = list(axes.work(projected))
     inside: dict[Axis, list[int]] = {}
     for at, (_, _, factors) in enumerate(sums):
