@@ -39,19 +39,28 @@ def test_the_rules_count_what_torch_counts(captured):
     assert mine == pytest.approx(theirs, rel=1e-3), "they differ by what a division per node leaves"
 
 
+def without(monkeypatch, axes, width, **constants):
+    """What choose() gives with other constants of the module."""
+    with monkeypatch.context() as context:
+        for name, value in constants.items():
+            context.setattr(widths, name, value)
+        return widths.choose(axes, width)
+
+
 def test_fours_cost_little(captured, monkeypatch):
     axes = region_axes(captured)
     for width in (0.1, 0.3):
         fours = widths.choose(axes, width)
-        with monkeypatch.context() as context:
-            context.setattr(widths, "FREE", 0.0)
-            nearest = widths.choose(axes, width)
-        assert fours.keys() == nearest.keys()
+        less = without(monkeypatch, axes, width, FREE=0.0)
+        nearest = without(monkeypatch, axes, width, FREE=0.0, LESS=0.0)
+        assert fours.keys() == less.keys() == nearest.keys()
         for atom, kept in fours.items():
-            assert kept in (nearest[atom], 4 * -(-nearest[atom] // 4))
+            assert less[atom] in (nearest[atom], 4 * (nearest[atom] // 4))
+            assert less[atom] >= (1 - widths.LESS) * nearest[atom]
+            assert kept in (less[atom], 4 * -(-less[atom] // 4))
         # each rounding is priced alone; together they may multiply
         for total in (axes.macs, axes.params):
-            assert total(fours) <= (1 + 2 * widths.FREE + ROUNDING) * total(nearest)
+            assert total(fours) <= (1 + 2 * widths.FREE + ROUNDING) * total(less)
 
 
 def linear(*widths_of):
@@ -65,6 +74,12 @@ def test_a_multiple_of_four_where_it_is_free_and_only_there():
     assert beside_a_wide_one[60] == 8
     alone = {atom.hint: kept for atom, kept in widths.choose(linear(8, 8, 60, 8), 0.1).items()}
     assert alone[60] == 6
+
+
+def test_down_to_a_multiple_of_four_where_that_takes_little():
+    found = {atom.hint: kept for atom, kept in widths.choose(linear(8, 8, 130, 8, 60, 8), 0.1).items()}
+    assert found[130] == 12, "13 is 8 % more"
+    assert found[60] == 6, "4 would be a third less"
 
 
 def test_the_same_network_gets_the_same_sizes():
