@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoadError, StoreError, UntrustedError, one_line
-from .graph_json import FUNCTIONS, check_path, identifier, operator_named, tree_spec
+from .nameable import FUNCTIONS, check_path, identifier, operator_named, tree_spec
 
 _UNREAD_KEYS = {"nn_module_stack", "torch_version"}
 _QUOTABLE = re.compile(r"[\w ,.:;<>()+*=/-]*")  # torch puts text inputs between quotes in the source of its guards

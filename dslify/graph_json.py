@@ -7,16 +7,9 @@ except operators of torch.ops and the functions listed here.
 
 from __future__ import annotations
 
-import builtins
-import dataclasses
-import json
-import keyword
 import math
-import operator
 import re
-from collections import namedtuple
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,34 +19,14 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 
 from .errors import StoreError
 from .functional import tensor_at
+from .nameable import FUNCTIONS, check_path, identifier, mapping, nameable, need, operator_named, tree_spec
 
-_NAMESPACES = ("aten", "torchvision", "torchaudio", "dslify")
-_WITH_SIDE_EFFECTS = ("aten.from_file", "aten._print", "aten.record_stream")  # read files, print
-_OF_OPERATOR = """abs add and_ eq floordiv ge getitem gt invert le lshift lt mod mul ne neg not_ or_ pos pow rshift sub
-truediv xor"""
-_OF_TORCH = "sym_float sym_int sym_ite sym_max sym_min sym_not sym_sum _sym_sqrt"
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{f"operator.{name}": getattr(operator, name) for name in _OF_OPERATOR.split()},
-    **{f"torch.{name}": getattr(torch, name) for name in _OF_TORCH.split()},
-    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "sqrt", "trunc")},
-    **{f"builtins.{name}": getattr(builtins, name) for name in ("abs", "float", "int", "max", "min", "round")},
-    **{
-        f"higher_order.{name}": getattr(torch.ops.higher_order, name)
-        for name in ("wrap_with_autocast", "wrap_with_set_grad_enabled")
-    },
-}
 _FUNCTION_NAMES = {id(function): name for name, function in FUNCTIONS.items()}
-
 _CONSTANTS: dict[str, dict[str, Any]] = {
     kind: {str(value): value for value in vars(torch).values() if isinstance(value, type_)}
     for kind, type_ in (("dtype", torch.dtype), ("layout", torch.layout), ("memory_format", torch.memory_format))
 }
-
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_PART = re.compile(r"[A-Za-z0-9_+:/ -]+")  # of a dotted path: what a ModuleDict may reasonably use; no quote, no escape
 _DEVICE = re.compile(r"[a-z]+(:\d+)?")
-_TREES = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
-_MODEL_OUTPUT = re.compile(r"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.(\w+)")
 
 
 def encode(
@@ -137,93 +110,32 @@ def decode(
     submodule: makes a module from what encode's `submodule` gave. Raises StoreError for anything that encode() would
     not have written.
     """
-    _need(isinstance(data, Mapping) and isinstance(data.get("nodes"), list), "a graph has no list of nodes")
+    need(isinstance(data, Mapping) and isinstance(data.get("nodes"), list), "a graph has no list of nodes")
     net = fx.GraphModule(nn.Module(), fx.Graph(), class_name=identifier(data["class"]))
-    for path, inner in _mapping(data["modules"]).items():
+    for path, inner in mapping(data["modules"]).items():
         if inner is None:
             _place(net, path, nn.Module())
         else:
             _place(net, path, submodule(inner) if submodule is not None else decode(inner, tensors))
     transient = set(data["transient"])
-    for path, key in _mapping(data["tensors"]).items():
-        _need(key in tensors, f"the weights of {path} are missing")
+    for path, key in mapping(data["tensors"]).items():
+        need(key in tensors, f"the weights of {path} are missing")
         _place(net, path, tensors[key], path not in transient)
     called = {path for path, inner in data["modules"].items() if inner is not None}
     attributes = {"get_attr": {*data["tensors"], *called}, "call_module": called}
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     for item in data["nodes"]:
-        name = identifier(_mapping(item)["name"])
-        _need(name not in env, f"two nodes are called {name}")
+        name = identifier(mapping(item)["name"])
+        need(name not in env, f"two nodes are called {name}")
         env[name] = _decode_node(graph, item, env, attributes)
     if data["codegen"] is not None:
-        graph.set_codegen(_decode_codegen(_mapping(data["codegen"])))
+        graph.set_codegen(_decode_codegen(mapping(data["codegen"])))
     graph.lint()
     net.graph = graph
     if data["meta"] is not None:
-        net.meta["dslify"] = dict(_mapping(data["meta"]))
+        net.meta["dslify"] = dict(mapping(data["meta"]))
     return net
-
-
-def operator_named(text: Any) -> torch._ops.OpOverload:
-    """ "aten.linear.default" -> the operator. Raises StoreError for all but dispatcher operators without side effects.
-
-    TorchScript's built-ins answer to torch.ops as well (there is an aten::save), so the dispatcher must know the name.
-    """
-    parts = text.split(".") if isinstance(text, str) else []
-    known = len(parts) == 3 and parts[0] in _NAMESPACES and all(_IDENTIFIER.fullmatch(part) for part in parts)
-    if known and ".".join(parts[:2]) not in _WITH_SIDE_EFFECTS:
-        namespace, name, overload = parts
-        if namespace in ("torchvision", "torchaudio"):
-            _import_known(namespace)
-        schema = f"{namespace}::{name}" if overload == "default" else f"{namespace}::{name}.{overload}"
-        found = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
-        if isinstance(found, torch._ops.OpOverload) and torch._C._dispatch_has_kernel(schema):
-            return found
-    raise StoreError(f"a stored graph may not call {str(text)[:100]!r}: it is none of PyTorch's operators.")
-
-
-def tree_spec(text: Any, arguments: bool = False) -> pytree.TreeSpec:
-    """A serialized pytree spec, checked before torch reads it: its contexts can name modules to import.
-
-    arguments: the spec of (args, kwargs), whose keyword names end up in source. Raises StoreError.
-    """
-    try:
-        protocol, tree = json.loads(text)
-    except (TypeError, ValueError):
-        raise StoreError("the description of the inputs or outputs is damaged.") from None
-    _need(protocol == 1, "the description of the inputs or outputs is of another version")
-    _check_tree(tree)
-    spec = pytree.treespec_loads(json.dumps([protocol, tree]))
-    if arguments and spec.type is tuple and spec.num_children == 2 and spec.child(1).type is dict:
-        for name in spec.child(1).context:
-            identifier(name)
-    return spec
-
-
-def _check_tree(tree: Any) -> None:
-    kind, context, children = (_mapping(tree).get(key) for key in ("type", "context", "children_spec"))
-    _need(isinstance(children, list), "the description of the inputs or outputs is damaged")
-    if kind is None:
-        _need(context is None and not children, "the description of the inputs or outputs is damaged")
-        return
-    output = _MODEL_OUTPUT.fullmatch(str(kind))
-    if output is not None:
-        _import_known(output[1])  # defining the class registers it with pytree
-    elif kind not in _TREES:
-        raise StoreError(f"inputs and outputs may be nested tuples, lists and dicts; found {str(kind)[:100]}.")
-    keys = json.loads(context) if isinstance(context, str) else 0
-    named = isinstance(keys, list) and all(isinstance(key, (str, int)) for key in keys)
-    _need(named or keys is None, "the description of the inputs or outputs is damaged")
-    for child in children or ():
-        _check_tree(child)
-
-
-def _import_known(module: str) -> None:
-    try:
-        import_module(module)
-    except ImportError:
-        raise StoreError(f"this network needs {module.partition('.')[0]}, which is not installed.") from None
 
 
 def _encode_codegen(graph: fx.Graph) -> dict[str, Any] | None:
@@ -235,7 +147,7 @@ def _encode_codegen(graph: fx.Graph) -> dict[str, Any] | None:
     info = codegen.pytree_info
     try:
         specs = [
-            spec if spec is None else pytree.treespec_dumps(_plain(spec)) for spec in (info.in_spec, info.out_spec)
+            spec if spec is None else pytree.treespec_dumps(nameable(spec)) for spec in (info.in_spec, info.out_spec)
         ]
     except RuntimeError as error:  # what pytree raises for a type it has no name for is one
         raise StoreError(f"the network's inputs or outputs have a type that cannot be stored: {error}") from None
@@ -243,23 +155,6 @@ def _encode_codegen(graph: fx.Graph) -> dict[str, Any] | None:
         if text is not None:
             tree_spec(text, arguments=at == 0)
     return {"arguments": [identifier(name) for name in info.orig_args], "in": specs[0], "out": specs[1]}
-
-
-def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:
-    """A tree in which classes that a file may not name are the dicts and tuples of the same entries: a dataclass, an
-    output class outside of transformers, a named tuple."""
-    if spec.is_leaf():
-        return spec
-    kind, context, children = spec.type, spec.context, [_plain(child) for child in spec.children()]
-    registered = pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
-    name = str(registered.serialized_type_name) if registered is not None else ""
-    if name not in _TREES and not _MODEL_OUTPUT.fullmatch(name):
-        if pytree.is_namedtuple_class(kind) or kind is namedtuple:
-            kind, context = tuple, None
-        elif dataclasses.is_dataclass(kind) and isinstance(context, list):
-            keys = context[0] if context and isinstance(context[0], list) else context  # of torch, of transformers
-            kind, context = dict, list(keys)
-    return pytree.TreeSpec(kind, context, children)
 
 
 def _decode_codegen(data: Mapping[str, Any]) -> _PyTreeCodeGen:
@@ -300,16 +195,16 @@ def _decode_node(graph: fx.Graph, item: Mapping[str, Any], env: dict[str, fx.Nod
     if op == "call_function":
         found = FUNCTIONS[target] if isinstance(target, str) and target in FUNCTIONS else operator_named(target)
     elif op in attributes:
-        _need(target in attributes[op], f"node {name} reads {str(target)[:100]!r}, which the file does not define")
+        need(target in attributes[op], f"node {name} reads {str(target)[:100]!r}, which the file does not define")
     elif op == "placeholder":
         identifier(target)
     else:
-        _need(op == "output" and target == "output", f"node {name} has an unknown kind")
+        need(op == "output" and target == "output", f"node {name} has an unknown kind")
     args = tuple(_decode_value(value, env) for value in item["args"])
-    kwargs = {identifier(key): _decode_value(value, env) for key, value in _mapping(item.get("kwargs", {})).items()}
+    kwargs = {identifier(key): _decode_value(value, env) for key, value in mapping(item.get("kwargs", {})).items()}
     node = graph.create_node(op, found, args, kwargs, name=name)
     stack = item.get("stack", [])
-    _need(all(isinstance(text, str) for entry in stack for text in entry), f"the origin of node {name} is damaged")
+    need(all(isinstance(text, str) for entry in stack for text in entry), f"the origin of node {name} is damaged")
     node.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in stack}
     if op in ("placeholder", "output"):
         del node.meta["nn_module_stack"]
@@ -345,23 +240,23 @@ def _decode_value(data: Any, env: Mapping[str, fx.Node]) -> Any:
         return data
     if isinstance(data, list):
         return [_decode_value(item, env) for item in data]
-    _need(isinstance(data, Mapping) and len(data) == 1, "an argument is damaged")
+    need(isinstance(data, Mapping) and len(data) == 1, "an argument is damaged")
     ((kind, value),) = data.items()
     if kind == "node":
-        _need(value in env, f"an argument refers to {str(value)[:100]!r}, which does not come before it")
+        need(value in env, f"an argument refers to {str(value)[:100]!r}, which does not come before it")
         return env[value]
     if kind == "dict":
-        return {key: _decode_value(item, env) for key, item in _mapping(value).items()}
+        return {key: _decode_value(item, env) for key, item in mapping(value).items()}
     if kind == "device":
-        _need(isinstance(value, str) and _DEVICE.fullmatch(value) is not None, "a device name is damaged")
+        need(isinstance(value, str) and _DEVICE.fullmatch(value) is not None, "a device name is damaged")
         return torch.device(value)
     if kind in _CONSTANTS:
-        _need(value in _CONSTANTS[kind], f"{str(value)[:100]!r} is no {kind}")
+        need(value in _CONSTANTS[kind], f"{str(value)[:100]!r} is no {kind}")
         return _CONSTANTS[kind][value]
     if kind == "float":
-        _need(value in ("inf", "-inf", "nan"), "a number is damaged")
+        need(value in ("inf", "-inf", "nan"), "a number is damaged")
         return float(value)
-    _need(kind in ("tuple", "slice") and isinstance(value, list), "an argument is damaged")
+    need(kind in ("tuple", "slice") and isinstance(value, list), "an argument is damaged")
     items = [_decode_value(item, env) for item in value]
     return tuple(items) if kind == "tuple" else slice(*items)
 
@@ -372,36 +267,12 @@ def _place(net: nn.Module, path: str, value: nn.Module | Tensor, persistent: boo
     *parents, name = path.split(".")
     owner = net
     for part in parents:
-        _need(type(owner._modules.get(part)) is nn.Module, f"{path} is no place in the network")
+        need(type(owner._modules.get(part)) is nn.Module, f"{path} is no place in the network")
         owner = owner.get_submodule(part)
-    _need(not hasattr(owner, name), f"{path} is no free place in the network")
+    need(not hasattr(owner, name), f"{path} is no free place in the network")
     if isinstance(value, nn.Module):
         owner.add_module(name, value)
     elif isinstance(value, nn.Parameter):
         owner.register_parameter(name, value)
     else:
         owner.register_buffer(name, value, persistent)
-
-
-def identifier(name: Any) -> str:
-    """A name that may stand in generated source. Raises StoreError."""
-    if isinstance(name, str) and _IDENTIFIER.fullmatch(name) and not keyword.iskeyword(name):
-        return name
-    raise StoreError(f"{str(name)[:100]!r} cannot be a name in a stored graph.")
-
-
-def check_path(path: Any) -> None:
-    """Raises StoreError unless `path` is a dotted path that may stand in generated source."""
-    parts = path.split(".") if isinstance(path, str) else [""]
-    if not all(_PART.fullmatch(part) and not part.startswith("__") for part in parts):
-        raise StoreError(f"{str(path)[:100]!r} cannot be a path in a stored network.")
-
-
-def _mapping(data: Any) -> Mapping[str, Any]:
-    _need(isinstance(data, Mapping), "an entry is damaged")
-    return data
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise StoreError(f"{message}.")

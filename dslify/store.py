@@ -1,7 +1,7 @@
 """A dslified network in one file, without pickled code: save() and load().
 
 A .dsl file is a zip archive of two stored members. `weights.safetensors` holds every tensor once. `dslify.json` holds
-all the rest: graphs node by node (graph_json.py), layers by their settings, and a format number.
+all the rest: graphs node by node (graph_json.py), layers by their settings (stored_modules.py), and a format number.
 """
 
 from __future__ import annotations
@@ -22,28 +22,14 @@ from . import __version__
 from .errors import StoreError, one_line
 from .files import written_whole
 from .functional import copied
-from .graph_json import decode, encode
-from .guards import Guards
-from .plan import Plan
-from .switch import DSLayer, Layout, Mask, Switch, dsl_layers
+from .stored_modules import describe, rebuild
+from .switch import dsl_layers
 
 FORMAT = 1
 _TEXT, _WEIGHTS = "dslify.json", "weights.safetensors"
 _AROUND = "around"  # in the meta of a scope's graph that was loaded alone: the state of the model around it
 _MOST_TEXT = 2**28  # bytes of JSON; the largest network tried has 5 MB
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # so that saving twice gives the same bytes
-
-_CONVOLUTION = (
-    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode",
-)  # fmt: skip
-# Layers without a graph that a light path may consist of: their settings, which are also their constructor's names.
-_LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Identity: (), nn.ReLU: (), nn.SiLU: (), nn.Tanh: (), nn.Sigmoid: (), nn.ELU: ("alpha",),
-    nn.GELU: ("approximate",), nn.Dropout: ("p",), nn.Flatten: ("start_dim", "end_dim"),
-    nn.AdaptiveAvgPool1d: ("output_size",), nn.AdaptiveAvgPool2d: ("output_size",),
-    nn.Linear: ("in_features", "out_features", "bias"), nn.Conv1d: _CONVOLUTION, nn.Conv2d: _CONVOLUTION,
-    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", "bias"),
-}  # fmt: skip
 
 
 def save(net: nn.Module, path: str | os.PathLike[str], force: bool = False) -> Path:
@@ -63,7 +49,7 @@ def save(net: nn.Module, path: str | os.PathLike[str], force: bool = False) -> P
     if scope is None and _AROUND in graph.meta:  # a scope's graph that was loaded alone
         scope, state = graph.meta["dslify"]["scope"], graph.meta[_AROUND]
     tensors: dict[str, Tensor] = {}
-    described = _describe(graph, "", tensors)
+    described = describe(graph, "", tensors)
     outer = _named_tensors(state, tensors)
     text = {
         "format": FORMAT,
@@ -76,7 +62,7 @@ def save(net: nn.Module, path: str | os.PathLike[str], force: bool = False) -> P
     }
     try:
         encoded = json.dumps(text, separators=(",", ":")).encode()
-        _rebuild(json.loads(encoded)["net"], tensors)  # a file that cannot be read must not be written
+        rebuild(json.loads(encoded)["net"], tensors)  # a file that cannot be read must not be written
     except (TypeError, ValueError) as error:
         raise StoreError(f"The network's settings cannot be written as JSON: {error}.") from None
     try:
@@ -100,7 +86,7 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Modu
     with _damage_told(path):
         stored = safetensors.torch.load(data)
         tensors = {name: _made(name, stored, entry) for name, entry in text["tensors"].items()}
-        net = _rebuild(text["net"], tensors)
+        net = rebuild(text["net"], tensors)
         if not isinstance(net, fx.GraphModule) or not dsl_layers(net):
             raise StoreError("it holds no dslified network.")
         net.eval()
@@ -127,122 +113,6 @@ def _dslified_part(net: nn.Module) -> tuple[str | None, fx.GraphModule]:
         names = ", ".join(name for name, _ in found) or "none"
         raise StoreError(f"A file holds one graph with its Dynamic Switch Layers; this network has them in {names}.")
     return found[0][0] or None, found[0][1]
-
-
-def _describe(module: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A module as JSON; its tensors go to `tensors`, each under the first name it is met by."""
-    if isinstance(module, fx.GraphModule):
-        return {"kind": "graph", **encode(module, tensors, prefix, lambda m, p: _describe(m, p, tensors))}
-    if isinstance(module, Guards):
-        return {"kind": "guards", "checks": list(module.checks)}
-    if type(module) is DSLayer:
-        return _describe_layer(module, prefix, tensors)
-    if type(module) is nn.Sequential:
-        parts = [_describe(child, f"{prefix}{name}.", tensors) for name, child in module.named_children()]
-        return {"kind": "sequence", "parts": parts}
-    if type(module) in _LAYERS:
-        settings = {name: getattr(module, name) for name in _LAYERS[type(module)]}
-        if "bias" in settings:
-            settings["bias"] = settings["bias"] is not None
-        names = _own_names(module, prefix, tensors)
-        return {"kind": "layer", "type": type(module).__name__, "settings": settings, "tensors": names}
-    where = prefix.rstrip(".") or "The network"
-    raise StoreError(f"{where} is a {type(module).__qualname__}, which a .dsl file cannot hold.")
-
-
-def _describe_layer(layer: DSLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if type(layer.mask) is not Mask or type(layer.switch) is not Switch:
-        kinds = f"{type(layer.mask).__qualname__} and {type(layer.switch).__qualname__}"
-        raise StoreError(f"{prefix.rstrip('.')} has {kinds} for mask and switch, which a .dsl file cannot hold.")
-    full = _describe(layer.full, f"{prefix}full.", tensors)
-    return {
-        "kind": "dsl",
-        "full": full,
-        "light": _describe(layer.light, f"{prefix}light.", tensors),
-        "inputs": [[place.axis, place.per_sample, place.scales] for place in layer.inputs],
-        "outputs": [[place.axis, place.per_sample, place.scales] for place in layer.outputs],
-        "channel_axis": layer.channel_axis,
-        "routable": layer.routable,
-        "plan": layer.plan.to_json() if layer.plan is not None else None,
-        "tensors": _own_names(layer, prefix, tensors, ("light", "full")),
-    }
-
-
-def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The inverse of _describe."""
-    match data["kind"]:
-        case "graph":
-            return decode(data, tensors, lambda inner: _rebuild(inner, tensors))
-        case "guards":
-            return Guards([str(check) for check in data["checks"]])
-        case "sequence":
-            return nn.Sequential(*(_rebuild(part, tensors) for part in data["parts"]))
-        case "dsl":
-            names = data["tensors"]
-            hidden, double = tensors[names["switch.hidden.weight"]].shape
-            mask_shape = tensors[names["mask.weight"]].shape
-            if mask_shape[data["channel_axis"]] != double // 2:
-                raise StoreError(
-                    f"the mask of shape {tuple(mask_shape)} does not fit the switch of {double // 2} channels."
-                )
-            light, full = _rebuild(data["light"], tensors), _rebuild(data["full"], tensors)
-            with torch.device("meta"):  # the stored tensors come in their place; no random numbers are drawn
-                layer = DSLayer(
-                    Mask(mask_shape),
-                    Switch(double // 2, hidden),
-                    light,
-                    full,
-                    [Layout(*place) for place in data["inputs"]],
-                    [Layout(*place) for place in data["outputs"]],
-                    int(data["channel_axis"]),
-                    bool(data["routable"]),
-                    None if data["plan"] is None else Plan.from_json(data["plan"]),
-                )
-            _put(layer, names, tensors, ("light", "full"))
-            return layer
-        case "layer":
-            kind = next((kind for kind in _LAYERS if kind.__name__ == data["type"]), None)
-            if kind is not None and set(data["settings"]) == set(_LAYERS[kind]):
-                with torch.device("meta"):
-                    made = kind(**data["settings"])
-                _put(made, data["tensors"], tensors)
-                return made
-    raise StoreError(f"it holds a part of an unknown kind ({str(data.get('type', data['kind']))[:50]}).")
-
-
-def _own_tensors(module: nn.Module, without: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(dotted name, owner, name there, tensor) of a layer's tensors, those below the children `without` left out."""
-    for path, owner in module.named_modules():
-        if path.partition(".")[0] not in without:
-            for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
-                if tensor is not None:
-                    yield (f"{path}.{name}" if path else name), owner, name, tensor
-
-
-def _own_names(
-    module: nn.Module, prefix: str, tensors: dict[str, Tensor], without: tuple[str, ...] = ()
-) -> dict[str, str]:
-    keys = {id(tensor): key for key, tensor in tensors.items()}
-    names = {}
-    for full, _, _, tensor in _own_tensors(module, without):
-        names[full] = keys.setdefault(id(tensor), prefix + full)
-        tensors.setdefault(names[full], tensor)
-    return names
-
-
-def _put(
-    module: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], without: tuple[str, ...] = ()
-) -> None:
-    """Give a layer the stored tensors in place of its own; raises StoreError unless they match one to one."""
-    own = list(_own_tensors(module, without))
-    if {full for full, *_ in own} != set(names):
-        raise StoreError(f"a {type(module).__name__} in it has other tensors than this version of dslify knows.")
-    for full, owner, name, old in own:
-        new = tensors[names[full]]
-        if new.shape != old.shape or isinstance(new, nn.Parameter) != isinstance(old, nn.Parameter):
-            raise StoreError(f"{full} has the shape {tuple(new.shape)} where {tuple(old.shape)} belongs.")
-        table: dict[str, Any] = owner._parameters if isinstance(new, nn.Parameter) else owner._buffers
-        table[name] = new
 
 
 def _state_around(model: nn.Module, scope: str) -> dict[str, Tensor]:

@@ -30,7 +30,8 @@ from .data import open_data
 from .errors import OptionError, TrainError
 from .gather import LightObjective, SwitchObjective, gather, judge
 from .refit import BATCH, SAMPLES, refit
-from .runs import History, Options, Phase, RunFolder, stop_requests
+from .run_folder import RunFolder, stop_requests
+from .runs import History, Options, Phase
 from .samples import Samples, expected_shape, show_progress, split
 from .schedule import (
     device_of,

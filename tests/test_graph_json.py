@@ -20,8 +20,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from dslify.capture import capture
 from dslify.errors import StoreError
-from dslify.graph_json import FUNCTIONS, decode, encode, operator_named, tree_spec
+from dslify.graph_json import decode, encode
 from dslify.guards import Guards
+from dslify.nameable import FUNCTIONS, operator_named, tree_spec
 from tests.zoo import ZOO
 
 NAMES = [name for name in ZOO if ZOO[name].scope is None]
