@@ -9,6 +9,8 @@ from typing import Any
 
 from .check import Record
 
+RATIOS = "light / region at width 0.1, by network"
+
 
 def line(record: Record) -> str:
     """One record in one line."""
@@ -58,11 +60,10 @@ def summarise(records: Sequence[Record], cuts: int) -> dict[str, Any]:
             name: rows[0]["batch_of_three"] for name, rows in captured.items() if "batch_of_three" in rows[0]
         },
         "without a rule": _total(row.get("ledger", {}) for row in records),
-        "light / region at width 0.1, by network": {
-            f"{what}, {kind}": _spread([statistics.median(shares) for shares in _shares(captured, key, at)])
-            for key, kind in (("with_projection", "projected"), ("without_projection", "unprojected"))
-            for at, what in enumerate(("parameters", "MACs"))
-        },
+        RATIOS: _ratios(captured),
+        f"{RATIOS}, without our own": _ratios(
+            {name: rows for name, rows in captured.items() if rows[0]["group"] != "awkward"}
+        ),
         "seconds": {
             "capture": _times(one_capture),
             "surgery": _times([row["surgery_s"] for row in records if "surgery_s" in row]),
@@ -76,7 +77,7 @@ def text(summary: dict[str, Any]) -> str:
     """The summary for a terminal."""
     lines = [f"{name:<34} {summary[name]}" for name in list(summary)[:6]]
     lines.append(f"{'share that works':<34} {summary['share that works']:.1%}")
-    for title in ("light / region at width 0.1, by network", "seconds"):
+    for title in (RATIOS, f"{RATIOS}, without our own", "seconds"):
         lines += ["", title]
         for name, figures in summary[title].items():
             lines.append(f"  {name:<32} " + "  ".join(f"{word} {value:.4g}" for word, value in figures.items()))
@@ -87,6 +88,14 @@ def text(summary: dict[str, Any]) -> str:
         lines += ["", "exceptions"]
         lines += [f"  {row['network']} {row['at']}: {row['reason']}" for row in summary["exceptions"]]
     return "\n".join(lines)
+
+
+def _ratios(captured: dict[str, list[Record]]) -> dict[str, dict[str, float]]:
+    return {
+        f"{what}, {kind}": _spread([statistics.median(shares) for shares in _shares(captured, key, at)])
+        for key, kind in (("with_projection", "projected"), ("without_projection", "unprojected"))
+        for at, what in enumerate(("parameters", "MACs"))
+    }
 
 
 def _shares(captured: dict[str, list[Record]], key: str, at: int) -> list[list[float]]:
