@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from .deadline import limited
 from .functional import copied, drop_assertions, functionalise, graphs_in
 from .guards import add_guards
+from .readings import Reading, SizeFromValues, fixed
 from .recurrent import one_node_each, to_aten
 
 Axes = dict[int, Any]
@@ -30,13 +31,16 @@ def attempt(
     kwargs: dict[str, Any],
     dynamic: Callable[[Any], Axes | None],
     seconds: float,
+    numbers: tuple[Reading, ...] = (),
 ) -> fx.GraphModule:
     """Export a copy from traced_copy() for inputs like (args, kwargs), as a graph with tensors of its own.
 
     dynamic: input leaf -> its axes that may vary. seconds: raises OutOfTime after them, or whatever torch.export does.
+    numbers: that the forward reads out of its tensors, to be fixed.
     """
     shapes = pytree.tree_map(dynamic, (args, kwargs))
-    with _quietly(), limited(seconds), one_node_each(), _keywords_named(module, kwargs) as signature:
+    reading = fixed(numbers) if numbers else nullcontext()
+    with _quietly(), limited(seconds), one_node_each(), reading, _keywords_named(module, kwargs) as signature:
         named = dict(signature.bind(*shapes[0], **shapes[1]).arguments)
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
         lifted = exported.module(check_guards=False)
@@ -49,7 +53,7 @@ def attempt(
     functionalise(graph)
     graph.eliminate_dead_code()
     if (node := _size_from_values(lifted)) is not None:
-        raise RuntimeError(f"a size depends on the values that {node} computes")
+        raise SizeFromValues(f"a size depends on the values that {node} computes")
     own = fx.GraphModule(lifted, graph, class_name=type(module).__name__)
     own_tensors(own)
     own.eval()

@@ -23,6 +23,8 @@ from .deadline import OutOfTime
 from .errors import CaptureError, one_line
 from .functional import symbolic, tensors_of
 from .obstacle import place
+from .readings import Reading, depends_on_values, readings
+from .readings import words as fixed_words
 
 RTOL, ATOL = 1e-4, 1e-5  # captured against eager: the same kernels, but batch sizes may choose other algorithms
 SECONDS = 45.0  # for all attempts together, so that surgery and checks end within a minute
@@ -30,6 +32,7 @@ _SHARES = {3: 0.45, 2: 0.65, 1: 1.0}  # of the time that is left, for the third 
 _WAY_OUT_SECONDS = 8.0  # to find submodules that can be captured where the network cannot
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
+Dynamic = Callable[[Any], Axes | None]
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,13 @@ def capture(
         _register_dataclasses((args, kwargs, expected))
         attempts = list(_attempts(args, kwargs))
         reason, given_up, stuck = "", "", None
-        for left, (dynamic, example) in zip(range(len(attempts), 0, -1), attempts, strict=True):
-            seconds = _SHARES[left] * (time_limit - (time.perf_counter() - start))
+        waiting: list[tuple[Dynamic, Example, tuple[Reading, ...]]] = [(*each, ()) for each in attempts]
+        while waiting:
+            seconds = _SHARES[min(3, len(waiting))] * (time_limit - (time.perf_counter() - start))
+            dynamic, example, numbers = waiting.pop(0)
             traced = traced_copy(module)
             try:
-                graph_module = attempt(traced, *example, dynamic, seconds)
+                graph_module = attempt(traced, *example, dynamic, seconds, numbers)
             except CaptureError:
                 raise
             except (Exception, OutOfTime) as error:
@@ -121,10 +126,14 @@ def capture(
                 reason = took if isinstance(error, OutOfTime) else one_line(error)
                 stuck = place(error, traced)
                 given_up = given_up or reason
+                if not numbers and depends_on_values(error) and (numbers := readings(module, *example)):
+                    waiting.insert(0, (dynamic, example, numbers))
                 continue
             reason = _differs(graph_module, expected, args, kwargs)
             if not reason:
-                words = _varying(graph_module, attempts[0], given_up)
+                words = _varying(graph_module, attempts[0], "" if numbers else given_up)
+                if numbers:
+                    words += f"; numbers that the forward reads from its inputs are fixed: {fixed_words(numbers)}"
                 if uncached and any(hasattr(expected, name) for name in ("past_key_values", "cache_params")):
                     words += "; without key-value cache"
                 return Graph(graph_module, args, kwargs, words, time.perf_counter() - start, expected)
@@ -220,10 +229,10 @@ def _register_dataclasses(tree: Any) -> None:
             _register_dataclasses(leaf)
 
 
-def _attempts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Callable[[Any], Axes | None], Example]]:
+def _attempts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Dynamic, Example]]:
     """(leaf -> its dynamic axes, example) from the most general to the least."""
 
-    def vary(axes: Callable[[Tensor], Iterable[int]]) -> Callable[[Any], Axes | None]:
+    def vary(axes: Callable[[Tensor], Iterable[int]]) -> Dynamic:
         return lambda leaf: dict.fromkeys(axes(leaf), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
 
     example = _batch_of_two(args, kwargs)
@@ -273,7 +282,7 @@ def _differs(captured: fx.GraphModule, expected: Any, args: tuple[Any, ...], kwa
     return ""
 
 
-def _varying(captured: fx.GraphModule, first: tuple[Callable[[Any], Axes | None], Example], given_up: str) -> str:
+def _varying(captured: fx.GraphModule, first: tuple[Dynamic, Example], given_up: str) -> str:
     """What the capture let vary, in words, and the axes that the first attempt asked to vary and that became fixed.
 
     given_up: why an attempt was, "" if the first one succeeded.

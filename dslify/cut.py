@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 
 from .capture import Graph, capture, scope_inputs
 from .errors import CutError, some
-from .functional import memories_written, memory_of, size_words, tensor_at
+from .functional import memories_written, memory_of, op_name, size_words, tensor_at
 from .macs import node_macs
+from .readings import CHECK
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def exits(graph: fx.Graph) -> dict[str, fx.Node | str]:
     leaving: dict[str, list[fx.Node]] = {}
     for node, stack in stacks.items():
         inside = dict.fromkeys(outer for path in stack for outer in (*around[path], path))
-        beyond = [{*stacks[user], *(outer for path in stacks[user] for outer in around[path])} for user in node.users]
+        users = [user for user in node.users if op_name(user) != "aten.sym_size.int"]  # the same size is read anywhere
+        beyond = [{*stacks[user], *(outer for path in stacks[user] for outer in around[path])} for user in users]
         for path in inside:
             values = leaving.setdefault(path, [])
             if _is_tensor(node) and any(path not in user for user in beyond):
@@ -154,7 +156,8 @@ def partition(graph: fx.Graph, cut: fx.Node, to: fx.Node | None = None, flow: Fl
             behind.add(node)
     # modules: the guards, which only look at the network's inputs, and layers of earlier cuts
     given = {node for node in nodes if node.op in ("placeholder", "get_attr", "call_module")} - behind
-    base = flow.ancestors(cut) | {cut} | given
+    checks = [node for node in nodes if op_name(node) == CHECK and node not in behind]
+    base = {cut, *checks}.union(given, flow.ancestors(cut), *map(flow.ancestors, checks))
     flow.add_writers(base, behind)
     wanted = (flow.ancestors(to) | {to}) if to is not None else flow.ancestors(nodes[-1])
     flow.add_writers(wanted, set())
