@@ -40,7 +40,7 @@ bench-inherit: $(STAMP)  ## inherited weights against random ones: make bench-in
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.inherit --data $(DATA)
 
 bench-surgery: $(STAMP)  ## side by side with the public pruner (pip install torch-pruning first)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.surgery
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.surgery $(SURGERY)
 
 bench-memory: $(STAMP)  ## peak memory of insert on a network of 304 M parameters
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory

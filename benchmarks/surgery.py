@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ Record = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.surgery", description="Torch-Pruning beside dslify.")
     parser.add_argument("--only", nargs="+", default=["timm"], help="names or groups of the zoo; a name may end in *")
+    parser.add_argument("--sample", type=int, metavar="N", help="draw that many of them (the same ones every time)")
     parser.add_argument("--seconds", type=float, default=120.0, help="time limit for one network and contender")
     parser.add_argument("--json", type=Path, help="write all records here")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -51,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: this benchmark needs the pruner it compares with: pip install torch-pruning.", file=sys.stderr)
         return 2
     records = []
-    for network in (network for network in selected(options.only) if network.scope is None):
+    networks = [network for network in selected(options.only) if network.scope is None]
+    if options.sample is not None and options.sample < len(networks):
+        networks = random.Random(0).sample(networks, max(1, options.sample))
+    for network in networks:
         for contender in CONTENDERS:
             record = _in_child(network, contender, options.seconds)
             records.append(record)

@@ -126,6 +126,8 @@ def surgery(rows: Iterable[CostRow], plan: Plan | None = None) -> RenderableType
     ]
     if why := plan.why:
         lines.append(f"chosen by --at auto: {why}")
+    if plan.dynamic:
+        lines.append(f"inputs: {plan.dynamic}")
     if plan.crossing:
         lines.append(f"also crossing the cut: {', '.join(plan.crossing)}")
     lines += [
