@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DATA ?= ../shared/data/codec16k
 ZOO ?=
+SURGERY ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint zoo bench-codec bench-inherit bench-surgery bench-memory clean

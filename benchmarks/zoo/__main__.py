@@ -25,18 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep what the results file holds and run the rest")
     parser.add_argument("--json", type=Path, help="write summary and records here")
     parser.add_argument("--list", action="store_true", help="print names and groups only")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
 
     from .registry import networks, selected
-    from .run import Limits, as_json, read, run_all, run_here
+    from .run import Limits, as_json, read, run_all
     from .summary import line, summarise, text
 
-    if options.one:
-        (network,) = selected([options.one])
-        run_here(network, options.cuts, options.results)
-        return 0
     chosen: list[Network] = selected(options.only) if options.only else networks()
     if not chosen:
         print(f"error: no network of the zoo is called {' or '.join(options.only)}; see --list.", file=sys.stderr)

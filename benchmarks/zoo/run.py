@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from .check import Record, check_network
 from .network import Network
 
 LAST_LINES = 3  # of a crashed child's standard error
+_CONTEXT = multiprocessing.get_context("forkserver")  # a server without threads imports everything, once
+_CONTEXT.set_forkserver_preload(["benchmarks.zoo.registry", "benchmarks.zoo.check"])
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,6 @@ class Limits:
 
     seconds: float = 240.0
     gigabytes: float = 12.0
-
-
-def run_here(network: Network, shares: Sequence[float], results: Path) -> None:
-    """In the child: append the records of one network as JSON lines, each when it is there."""
-    for record in check_network(network, shares):
-        with results.open("a") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 def run_all(
@@ -56,25 +51,23 @@ def read(results: Path) -> list[Record]:
 
 
 def _child(network: Network, shares: Sequence[float], results: Path, limits: Limits) -> list[Record]:
-    part = results.with_name(f"{network.name}.part")
+    part, errors = (results.with_name(f"{network.name}.{kind}") for kind in ("part", "errors"))
     part.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.zoo", "--one", network.name, "--results", str(part)]
-    command += ["--cuts", *map(str, shares)]
     start = time.perf_counter()
-    ending, errors = "", ""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limits.seconds, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: _limit_memory(limits.gigabytes),
-        )  # fmt: skip
-        errors = done.stderr
-        if done.returncode:
-            last = " | ".join(errors.strip().splitlines()[-LAST_LINES:])
-            ending = f"the process ended with {done.returncode}: {last}"
-    except subprocess.TimeoutExpired:
+    child = _CONTEXT.Process(target=_work, args=(network.name, tuple(shares), part, errors, limits.gigabytes))
+    child.start()
+    child.join(limits.seconds)
+    ending = ""
+    if child.is_alive():
+        child.kill()
+        child.join()
         ending = f"not finished after {limits.seconds:.0f} s"
+    elif child.exitcode:
+        last = " | ".join(errors.read_text().strip().splitlines()[-LAST_LINES:])
+        ending = f"the process ended with {child.exitcode}: {last}"
     records = read(part)
     part.unlink(missing_ok=True)
+    errors.unlink(missing_ok=True)
     if ending:
         stage = "cut" if records else "process"
         records.append(
@@ -85,6 +78,20 @@ def _child(network: Network, shares: Sequence[float], results: Path, limits: Lim
     with results.open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     return records
+
+
+def _work(name: str, shares: Sequence[float], part: Path, errors: Path, gigabytes: float) -> None:
+    """In the child: one network, its standard error into a file."""
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    _limit_memory(gigabytes)
+    warnings.simplefilter("ignore")
+    from .registry import selected
+
+    (network,) = selected([name])
+    for record in check_network(network, shares):
+        with part.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
 
 
 def _limit_memory(gigabytes: float) -> None:
