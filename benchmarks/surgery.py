@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -27,9 +26,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from benchmarks.children import in_child
 from benchmarks.zoo.network import Network
 
 WIDTH = 0.1
+GIGABYTES = 12.0  # that one contender may have
 CONTENDERS = ("pruner", "pruner with help", "dslify")
 Record = dict[str, Any]
 
@@ -40,15 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, metavar="N", help="draw that many of them (the same ones every time)")
     parser.add_argument("--seconds", type=float, default=120.0, help="time limit for one network and contender")
     parser.add_argument("--json", type=Path, help="write all records here")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     from benchmarks.zoo.registry import selected
 
-    if options.one:
-        (network,) = selected(options.one[:1])
-        print(json.dumps(contend(network, options.one[1])))
-        return 0
     if importlib.util.find_spec("torch_pruning") is None:
         print("error: this benchmark needs the pruner it compares with: pip install torch-pruning.", file=sys.stderr)
         return 2
@@ -156,15 +152,21 @@ def _shapes(tree: Any) -> list[tuple[int, ...]]:
 
 
 def _in_child(network: Network, contender: str, seconds: float) -> Record:
-    command = [sys.executable, "-m", "benchmarks.surgery", "--one", network.name, contender]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        answer = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
-        return json.loads(answer) if answer else _record(network, contender, 0.0, f"crashed with {done.returncode}")
-    except subprocess.TimeoutExpired:
-        return _record(network, contender, seconds, f"not finished after {seconds:.0f} s")
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "record.json"
+        ending = in_child(_contend, network.name, contender, answer, seconds=seconds, gigabytes=GIGABYTES)
+        if ending:
+            return _record(network, contender, seconds, ending)
+        record: Record = json.loads(answer.read_text())
+        return record
+
+
+def _contend(name: str, contender: str, answer: Path) -> None:
+    """In the child."""
+    from benchmarks.zoo.registry import selected
+
+    (network,) = selected([name])
+    answer.write_text(json.dumps(contend(network, contender)))
 
 
 def _record(network: Network, contender: str, seconds: float, reason: str) -> Record:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import resource
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..children import in_child
 from .check import Record, check_network
 from .network import Network
-
-LAST_LINES = 3  # of a crashed child's standard error
-_CONTEXT = multiprocessing.get_context("forkserver")  # a server without threads imports everything, once
-_CONTEXT.set_forkserver_preload(["benchmarks.zoo.registry", "benchmarks.zoo.check"])
 
 
 @dataclass(frozen=True)
@@ -51,23 +44,12 @@ def read(results: Path) -> list[Record]:
 
 
 def _child(network: Network, shares: Sequence[float], results: Path, limits: Limits) -> list[Record]:
-    part, errors = (results.with_name(f"{network.name}.{kind}") for kind in ("part", "errors"))
+    part = results.with_name(f"{network.name}.part")
     part.unlink(missing_ok=True)
     start = time.perf_counter()
-    child = _CONTEXT.Process(target=_work, args=(network.name, tuple(shares), part, errors, limits.gigabytes))
-    child.start()
-    child.join(limits.seconds)
-    ending = ""
-    if child.is_alive():
-        child.kill()
-        child.join()
-        ending = f"not finished after {limits.seconds:.0f} s"
-    elif child.exitcode:
-        last = " | ".join(errors.read_text().strip().splitlines()[-LAST_LINES:])
-        ending = f"the process ended with {child.exitcode}: {last}"
+    ending = in_child(_check, network.name, tuple(shares), part, seconds=limits.seconds, gigabytes=limits.gigabytes)
     records = read(part)
     part.unlink(missing_ok=True)
-    errors.unlink(missing_ok=True)
     if ending:
         stage = "cut" if records else "process"
         records.append(
@@ -80,22 +62,14 @@ def _child(network: Network, shares: Sequence[float], results: Path, limits: Lim
     return records
 
 
-def _work(name: str, shares: Sequence[float], part: Path, errors: Path, gigabytes: float) -> None:
-    """In the child: one network, its standard error into a file."""
-    with errors.open("w") as file:
-        os.dup2(file.fileno(), 2)
-    _limit_memory(gigabytes)
-    warnings.simplefilter("ignore")
+def _check(name: str, shares: Sequence[float], part: Path) -> None:
+    """In the child: the records of one network as JSON lines, each when it is there."""
     from .registry import selected
 
     (network,) = selected([name])
     for record in check_network(network, shares):
         with part.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
-
-
-def _limit_memory(gigabytes: float) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30),) * 2)
 
 
 def as_json(records: Sequence[Record], summary: Any) -> str:
