@@ -41,7 +41,7 @@ from dslify.losses import light_loss
 from dslify.samples import Samples
 from dslify.schedule import positions, rate_share
 from dslify.switch import DSLayer, dsl_layers
-from dslify.train import CLIP, WEIGHT_DECAY
+from dslify.training_run import CLIP, WEIGHT_DECAY
 from dslify.widths import choose, decide_projections
 from recipes.soundstream import CUT, pretrained
 

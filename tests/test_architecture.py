@@ -14,9 +14,9 @@ ORDER = [
     "capture", "macs", "cut", "rules", "depth", "axes", "widths", "light", "layers", "inherit", "plan", "verify",
     "derive", "switch", "graft", "nest", "survey", "nameable", "graph_json", "first_layer", "example_inputs",
     "vouched", "pickle_symbols", "pickles", "archives", "load", "insert", "stored_modules", "store", "losses",
-    "audio", "samples", "data", "runs", "run_folder", "schedule", "gather", "refit", "train", "cost", "observe",
-    "calibrate", "resampling", "measure", "report", "cut_tree", "picture", "explained", "options", "console", "demo",
-    "cli",
+    "audio", "samples", "data", "runs", "run_folder", "schedule", "gather", "refit", "training_run", "train", "cost",
+    "observe", "calibrate", "resampling", "measure", "report", "cut_tree", "picture", "explained", "options",
+    "console", "demo", "cli",
 ]  # fmt: skip
 
 
