@@ -46,7 +46,7 @@ bench-surgery: $(STAMP)  ## side by side with the public pruner (pip install tor
 bench-memory: $(STAMP)  ## peak memory of insert on a network of 304 M parameters
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
 
-zoo: $(STAMP)  ## the surgery on 228 networks at three cuts each (about an hour; --resume goes on)
+zoo: $(STAMP)  ## the surgery on 228 networks at three cuts each (about 45 minutes; ZOO="--times --jobs 1" for seconds alone)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --jobs 2 --json runs/zoo/zoo.json $(ZOO)
 
 clean:  ## remove what builds, tests and the demo left behind (not .venv)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -43,16 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write all records here")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    from benchmarks.zoo.registry import selected
+    from benchmarks.zoo.registry import drawn, selected
 
     if importlib.util.find_spec("torch_pruning") is None:
         print("error: this benchmark needs the pruner it compares with: pip install torch-pruning.", file=sys.stderr)
         return 2
     records = []
-    networks = [network for network in selected(options.only) if network.scope is None]
-    if options.sample is not None and options.sample < len(networks):
-        networks = random.Random(0).sample(networks, max(1, options.sample))
-    for network in networks:
+    for network in drawn([network for network in selected(options.only) if network.scope is None], options.sample):
         for contender in CONTENDERS:
             record = _in_child(network, contender, options.seconds)
             records.append(record)

@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], help="names or groups; a name may end in *")
     parser.add_argument("--cuts", nargs="+", type=float, default=SHARES, help="shares of the blocks before the cut")
+    parser.add_argument("--times", action="store_true", help="capture and surgery only, without the checks")
+    parser.add_argument("--sample", type=int, metavar="N", help="draw that many networks (the same ones every time)")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--seconds", type=float, default=240.0, help="time limit for one network")
     parser.add_argument("--memory", type=float, default=12.0, help="memory limit for one network, in GB")
@@ -28,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
 
-    from .registry import networks, selected
+    from .registry import drawn, networks, selected
     from .run import Limits, as_json, read, run_all
     from .summary import line, summarise, text
 
-    chosen: list[Network] = selected(options.only) if options.only else networks()
+    chosen: list[Network] = drawn(selected(options.only) if options.only else networks(), options.sample)
     if not chosen:
         print(f"error: no network of the zoo is called {' or '.join(options.only)}; see --list.", file=sys.stderr)
         return 2
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     limits = Limits(options.seconds, options.memory)
     waiting = [network for network in chosen if network.name not in done]
-    for record in run_all(waiting, options.cuts, options.results, limits, options.jobs):
+    for record in run_all(waiting, options.cuts, options.results, limits, options.jobs, options.times):
         records.append(record)
         print(line(record), flush=True)
     names = {network.name for network in chosen}

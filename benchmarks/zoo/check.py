@@ -44,10 +44,10 @@ class Unlike(Exception):
     """A check that failed; the message says what was found."""
 
 
-def check_network(network: Network, shares: Sequence[float]) -> Iterator[Record]:
+def check_network(network: Network, shares: Sequence[float], times: bool = False) -> Iterator[Record]:
     """One record for each cut, or a single one that says at which stage the network dropped out.
 
-    stage: "eager" (PyTorch itself cannot run it), "captured", or "cut".
+    stage: "eager" (PyTorch itself cannot run it), "captured", or "cut". times: capture and surgery only, no checks.
     """
     whole: Record = {"network": network.name, "group": network.group}
     try:
@@ -76,22 +76,14 @@ def check_network(network: Network, shares: Sequence[float]) -> Iterator[Record]
     if not cuts:
         yield {**whole, "stage": "cut", "reason": "no usable cut point"}
     for at in cuts:
-        yield {**whole, "stage": "cut", "at": at, **_check_cut(captured, at, examples, expected)}
+        found = _timed_cut(captured, at) if times else _check_cut(captured, at, examples, expected)
+        yield {**whole, "stage": "cut", "at": at, **found}
 
 
 def _check_cut(captured: Graph, at: str, examples: dict[int, Example], expected: dict[int, Any]) -> Record:
     record: Record = {}
     try:
-        fresh, checks = _fresh(captured), Stopwatch()
-        start = time.perf_counter()
-        with (
-            checks.on(derive, "permutation_error", "in_child"),
-            checks.on(surgery, "region_inputs", "_check_full_route"),
-        ):
-            net = insert_into(fresh, Request(at=at, width=WIDTH))
-        record["insert_into_s"] = time.perf_counter() - start
-        record["surgery_s"] = record["insert_into_s"] - checks.seconds
-        record |= {**_plan(net), **_unprojected(captured, at)}
+        net, record = _cut(captured, at)
         for batch, example in examples.items():
             _run_of(
                 net, "full", example, f"full route, batch of {batch}", lambda found, b=batch: _same(found, expected[b])
@@ -111,6 +103,27 @@ def _check_cut(captured: Graph, at: str, examples: dict[int, Example], expected:
     except Exception as error:
         return {**record, "works": False, "reason": f"unexpected: {_words(error)}", "traceback": traceback.format_exc()}
     return {**record, "works": True, "reason": ""}
+
+
+def _timed_cut(captured: Graph, at: str) -> Record:
+    try:
+        return _cut(captured, at)[1]
+    except DslifyError as error:
+        return {"works": False, "reason": _words(error)}
+
+
+def _cut(captured: Graph, at: str) -> tuple[fx.GraphModule, Record]:
+    """The network with a layer, what that took, and what became of it."""
+    fresh, checks = _fresh(captured), Stopwatch()
+    start = time.perf_counter()
+    with (
+        checks.on(derive, "permutation_error", "in_child"),
+        checks.on(surgery, "region_inputs", "_check_full_route"),
+    ):
+        net = insert_into(fresh, Request(at=at, width=WIDTH))
+    seconds = time.perf_counter() - start
+    taken = {"insert_into_s": seconds, "surgery_s": seconds - checks.seconds}
+    return net, {**taken, **_plan(net), **_unprojected(captured, at)}
 
 
 class Stopwatch:

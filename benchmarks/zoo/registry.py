@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
@@ -27,3 +28,8 @@ def selected(patterns: Sequence[str]) -> list[Network]:
         for network in networks()
         if any(fnmatch(network.name, pattern) or network.group == pattern for pattern in patterns)
     ]
+
+
+def drawn(networks: list[Network], count: int | None) -> list[Network]:
+    """`count` of them at random, the same ones every time; all of them for None."""
+    return networks if count is None or count >= len(networks) else random.Random(0).sample(networks, max(1, count))

@@ -24,11 +24,12 @@ class Limits:
 
 
 def run_all(
-    networks: Sequence[Network], shares: Sequence[float], results: Path, limits: Limits, jobs: int
+    networks: Sequence[Network], shares: Sequence[float], results: Path, limits: Limits, jobs: int, times: bool = False
 ) -> Iterator[Record]:
     """Records in the order in which networks finish; they are appended to `results` as well."""
     with ThreadPoolExecutor(jobs) as pool:
-        for future in as_completed([pool.submit(_child, network, shares, results, limits) for network in networks]):
+        waiting = [pool.submit(_child, network, shares, results, limits, times) for network in networks]
+        for future in as_completed(waiting):
             yield from future.result()
 
 
@@ -43,11 +44,13 @@ def read(results: Path) -> list[Record]:
     return records
 
 
-def _child(network: Network, shares: Sequence[float], results: Path, limits: Limits) -> list[Record]:
+def _child(network: Network, shares: Sequence[float], results: Path, limits: Limits, times: bool) -> list[Record]:
     part = results.with_name(f"{network.name}.part")
     part.unlink(missing_ok=True)
     start = time.perf_counter()
-    ending = in_child(_check, network.name, tuple(shares), part, seconds=limits.seconds, gigabytes=limits.gigabytes)
+    ending = in_child(
+        _check, network.name, tuple(shares), part, times, seconds=limits.seconds, gigabytes=limits.gigabytes
+    )
     records = read(part)
     part.unlink(missing_ok=True)
     if ending:
@@ -62,12 +65,12 @@ def _child(network: Network, shares: Sequence[float], results: Path, limits: Lim
     return records
 
 
-def _check(name: str, shares: Sequence[float], part: Path) -> None:
+def _check(name: str, shares: Sequence[float], part: Path, times: bool) -> None:
     """In the child: the records of one network as JSON lines, each when it is there."""
     from .registry import selected
 
     (network,) = selected([name])
-    for record in check_network(network, shares):
+    for record in check_network(network, shares, times):
         with part.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
 

@@ -15,7 +15,7 @@ RATIOS = "light / region at width 0.1, by network"
 def line(record: Record) -> str:
     """One record in one line."""
     name = f"{record['network']}  {record.get('at', '')}".rstrip()
-    if record.get("works"):
+    if record.get("works", record["stage"] == "cut" and "insert_into_s" in record):
         light = "  ".join(
             f"{word} {' / '.join(f'{share:.4f}' for share in record[key])}"
             for key, word in (("with_projection", "light"), ("without_projection", "unprojected"))
@@ -39,6 +39,7 @@ def summarise(records: Sequence[Record], cuts: int) -> dict[str, Any]:
     captured = {name: rows for name, rows in runs.items() if name not in dropped}
     attempted = sum(len(rows) if name in captured else cuts for name, rows in runs.items())
     working = sum(bool(row.get("works")) for rows in captured.values() for row in rows)
+    checked = any("works" in row for rows in captured.values() for row in rows)
     one_capture = [rows[0]["capture_s"] for rows in captured.values() if "capture_s" in rows[0]]
     inserts = [row["capture_s"] + row["insert_into_s"] for row in records if "insert_into_s" in row]
     return {
@@ -48,12 +49,12 @@ def summarise(records: Sequence[Record], cuts: int) -> dict[str, Any]:
         "networks that work at every cut": sum(all(row.get("works") for row in rows) for rows in captured.values()),
         "cuts attempted": attempted,
         "cuts that work": working,
-        "share that works": working / max(1, attempted),
+        "share that works": working / max(1, attempted) if checked else math.nan,
         "exceptions": [
             {"network": row["network"], "at": row.get("at", ""), "reason": row.get("reason", "")}
             for rows in runs.values()
             for row in rows
-            if not row.get("works")
+            if not row.get("works", "insert_into_s" in row)
         ],
         "not run by eager PyTorch": eager,
         "batch of three that eager PyTorch refuses": {
@@ -75,8 +76,9 @@ def summarise(records: Sequence[Record], cuts: int) -> dict[str, Any]:
 
 def text(summary: dict[str, Any]) -> str:
     """The summary for a terminal."""
-    lines = [f"{name:<34} {summary[name]}" for name in list(summary)[:6]]
-    lines.append(f"{'share that works':<34} {summary['share that works']:.1%}")
+    share = summary["share that works"]
+    lines = [f"{name:<34} {summary[name]}" for name in list(summary)[: 3 if math.isnan(share) else 6]]
+    lines.append(f"{'share that works':<34} {'not checked' if math.isnan(share) else f'{share:.1%}'}")
     for title in (RATIOS, f"{RATIOS}, without our own", "seconds"):
         lines += ["", title]
         for name, figures in summary[title].items():
@@ -100,7 +102,7 @@ def _ratios(captured: dict[str, list[Record]]) -> dict[str, dict[str, float]]:
 
 def _shares(captured: dict[str, list[Record]], key: str, at: int) -> list[list[float]]:
     """Of every network, the shares at its cuts."""
-    shares = ([row[key][at] for row in rows if row.get("works") and key in row] for rows in captured.values())
+    shares = ([row[key][at] for row in rows if row.get("works", True) and key in row] for rows in captured.values())
     return [each for each in shares if each]
 
 
