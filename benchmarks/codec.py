@@ -103,6 +103,7 @@ def run(options: argparse.Namespace) -> Outcome:
         at=CUT,
         scope=BOUNDARY,
         width=options.width,
+        projection=False,
         example_inputs=(codec.example_input_array,),
         seed=options.seed,
     )

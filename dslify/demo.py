@@ -102,7 +102,7 @@ def _run(folder: Path, out: Output, started: float) -> Demo:
         "",
     )
     with out.working("cutting the codec and deriving its light path"):
-        net = insert(codec, cut, WIDTH, (codec.example_input_array,), scope="encoder", seed=SEED)
+        net = insert(codec, cut, WIDTH, (codec.example_input_array,), scope="encoder", projection=False, seed=SEED)
     (layer,) = dsl_layers(net)
     costs = cost(net)
     out.show(report.surgery(costs, layer.plan), "")

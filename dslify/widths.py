@@ -15,7 +15,7 @@ from .rules import Axis
 FREE = 0.02  # share of the light path's MACs and parameters that rounding to multiples of 4 may add, in all
 LESS = 0.1  # share of an axis' entries that rounding down to a multiple of 4 may take
 WIDE = 16  # entries of an axis from which multiples of 4 matter
-PAYS = 0.15  # share of the light path's MACs that projections have to save
+PAYS = 0.1  # share of the light path's MACs that projections have to save
 
 
 def decide(axes: AxisMap, width: float, projection: bool = True) -> tuple[dict[Axis, int], frozenset[int]]:
