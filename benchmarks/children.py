@@ -13,7 +13,7 @@ from typing import Any
 
 LAST_LINES = 3  # of a crashed child's standard error
 _CONTEXT = multiprocessing.get_context("forkserver")  # a server without threads imports the networks' libraries, once
-_CONTEXT.set_forkserver_preload(["benchmarks.zoo.registry", "benchmarks.zoo.check"])
+_CONTEXT.set_forkserver_preload(["benchmarks.zoo.registry", "benchmarks.zoo.check", "benchmarks.warm"])
 
 
 def in_child(target: Callable[..., None], *args: Any, seconds: float, gigabytes: float) -> str:
