@@ -40,7 +40,7 @@ def _squared_norms(weight: Tensor, dims: list[int]) -> dict[int, Tensor]:
     """Per axis the sum of squares over all others, piece by piece: squares of the whole would leave the cache."""
     others = {at: [dim for dim in range(weight.dim()) if dim != at] for at in dims}
     sums: dict[int, list[Tensor]] = {at: [] for at in dims}
-    for piece in weight.split(max(1, PIECE * len(weight) // weight.numel())):
+    for piece in weight.split(max(1, PIECE * len(weight) // max(1, weight.numel()))):
         squares = piece.float().square()
         for at in dims:
             sums[at].append((squares.sum(others[at]) if others[at] else squares).double())
