@@ -42,7 +42,7 @@ from dslify.samples import Samples
 from dslify.schedule import positions, rate_share
 from dslify.switch import DSLayer, dsl_layers
 from dslify.training_run import CLIP, WEIGHT_DECAY
-from dslify.widths import choose, decide_projections
+from dslify.widths import decide
 from recipes.soundstream import CUT, pretrained
 
 BATCH = 16
@@ -243,8 +243,7 @@ def first_weights(case: Case, start: str, seed: int) -> fx.GraphModule:
     full = cast(fx.GraphModule, case.layer.full)
     region, _ = shallower(full, case.depth)
     axes = analyse(region)
-    projected = decide_projections(axes, case.width)
-    kept = choose(axes, case.width, projected)
+    kept, projected = decide(axes, case.width)
     light = build(axes, kept, projected)
     seen = positions(case.train.count, SEEN, 0, seed, "light").split(BATCH)
     inputs = [case.train.take(part)[0] for part in seen]

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from .functional import graphs_in, hint_of, inner_graph, op_name, tensor_at
+from .functional import graphs_in, hint_of, inner_graph, is_tensor, op_name, tensor_at
 from .rules import RULES, Axis, Binding, Reason, kept_size
 
 Kept = Mapping[Axis, int]
@@ -131,8 +131,8 @@ def analyse(region: fx.GraphModule, distrusted: Mapping[str, str] | None = None,
     samples: batch size of the captured values; by default the first axis of the first input.
     """
     b, parameters = _bound(region, region.graph.nodes, distrusted or {})
-    inputs = [node for node in region.graph.nodes if node.op == "placeholder" and _is_tensor(node)]
-    outputs = [node for node in list(region.graph.nodes)[-1].all_input_nodes if _is_tensor(node)]
+    inputs = [node for node in region.graph.nodes if node.op == "placeholder" and is_tensor(node)]
+    outputs = [node for node in list(region.graph.nodes)[-1].all_input_nodes if is_tensor(node)]
     ties: dict[Axis, set[tuple[int, int]]] = {}
     strength = _touch_strength(region, parameters)
     boundaries = []
@@ -150,7 +150,7 @@ def node_macs(module: fx.GraphModule, samples: int, among: Iterable[fx.Node] | N
 
     samples: batch size of the captured values. among: the nodes to look at, in order, with all that they read.
     """
-    b, _ = _bound(module, among or module.graph.nodes, {})
+    b, _ = _bound(module, module.graph.nodes if among is None else among, {})
     found: dict[fx.Node, int] = {}
     for node, factors in b.macs:
         found[node] = found.get(node, 0) + math.prod(axis.find().hint for axis in factors)
@@ -166,7 +166,7 @@ def _bound(
     tied: dict[int, tuple[Axis, ...]] = {}
     for node in nodes:
         if node.op == "placeholder":
-            shape = node.meta["val"].shape if _is_tensor(node) else ()
+            shape = node.meta["val"].shape if is_tensor(node) else ()
             b.terms[node] = tuple(b.one() if size == 1 else b.neutral(size) for size in shape)
         elif node.op == "get_attr":
             tensor = tensor_at(module, str(node.target))
@@ -177,10 +177,6 @@ def _bound(
         elif node.op != "output":
             b.terms[node] = _bind(b, node, distrusted)
     return b, parameters
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _bind(b: Binding, node: fx.Node, distrusted: Mapping[str, str]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from .capture import Graph, capture, scope_inputs
 from .errors import CutError, some
-from .functional import memories_written, memory_of, op_name, size_words, tensor_at
+from .functional import is_tensor, memories_written, memory_of, op_name, size_words, tensor_at
 from .macs import node_macs
 from .readings import CHECK
 
@@ -100,7 +100,7 @@ def exits(graph: fx.Graph) -> dict[str, fx.Node | str]:
         beyond = [{*stacks[user], *(outer for path in stacks[user] for outer in around[path])} for user in users]
         for path in inside:
             values = leaving.setdefault(path, [])
-            if _is_tensor(node) and any(path not in user for user in beyond):
+            if is_tensor(node) and any(path not in user for user in beyond):
                 values.append(node)
     found: dict[str, fx.Node | str] = {}
     for path, values in leaving.items():
@@ -127,7 +127,7 @@ def _outer_paths(path: str) -> list[str]:
 def find_cut(graph: fx.Graph, at: str, module: nn.Module | None = None) -> fx.Node:
     """The node of a module path or of a node name. Raises CutError with the nearest names, or the reason."""
     places = exits(graph)
-    found = places.get(at) or next((node for node in graph.nodes if node.name == at and _is_tensor(node)), None)
+    found = places.get(at) or next((node for node in graph.nodes if node.name == at and is_tensor(node)), None)
     usable = [path for path, node in places.items() if isinstance(node, fx.Node)]
     if isinstance(found, fx.Node):
         if found.op in ("placeholder", "get_attr"):
@@ -267,10 +267,6 @@ def _point(
     crossing = tuple(crossing.name for crossing in parts.crossing)
     shape = size_words(node.meta["val"])
     return CutPoint("", shape, base, total - base, params(parts.base), params(parts.region), crossing)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _is_tensorial(node: fx.Node) -> bool:

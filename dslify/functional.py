@@ -23,6 +23,11 @@ def op_name(node: fx.Node) -> str:
     return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the captured value of a node is a tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
 def tensor_at(module: nn.Module, target: str) -> Any:
     """The parameter, buffer or attribute under a dotted name."""
     *path, name = target.split(".")

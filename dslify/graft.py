@@ -14,7 +14,7 @@ from .axes import AxisMap, Boundary
 from .capture import Graph
 from .cut import Partition
 from .errors import CutError
-from .functional import hint_of, put_tensor, symbolic, tensor_at
+from .functional import hint_of, is_tensor, put_tensor, symbolic, tensor_at
 from .switch import DSLayer, Layout, Mask, Switch
 
 
@@ -138,20 +138,20 @@ def _cut_channels(boundary: Boundary, first: Layout) -> int:
 
 def batch_of(graph: fx.Graph, samples: Layout) -> Any:
     """The symbol of the batch size, None where the capture fixed it. samples: as in make_layer()."""
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, Tensor) and value.dim() and samples.axis is not None:
-            size = symbolic(value.shape[samples.axis])
-            return None if isinstance(size, int) else size / samples.per_sample
-    return None
+    size = symbolic(_size_of(graph, samples))
+    return None if isinstance(size, int) else size / samples.per_sample
 
 
 def samples_of(graph: fx.Graph, samples: Layout) -> int:
     """Batch size of the captured values. samples: as in make_layer()."""
+    return max(1, hint_of(_size_of(graph, samples)) // samples.per_sample)
+
+
+def _size_of(graph: fx.Graph, samples: Layout) -> Any:
+    """Size of the axis with the samples in the graph's first tensor; 1 where there is none."""
     for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, Tensor) and value.dim() and samples.axis is not None:
-            return max(1, hint_of(value.shape[samples.axis]) // samples.per_sample)
+        if node.op == "placeholder" and is_tensor(node) and node.meta["val"].dim() and samples.axis is not None:
+            return node.meta["val"].shape[samples.axis]
     return 1
 
 
