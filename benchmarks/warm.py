@@ -8,6 +8,7 @@ from torch import nn
 
 import dslify
 
+torch.set_num_threads(1)  # a pool of threads that was started here would be missing in the children, which then hang
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     dslify.insert(nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU(), nn.Conv1d(8, 8, 3)), "0", 0.5, (torch.zeros(1, 1, 16),))

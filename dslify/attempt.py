@@ -49,7 +49,8 @@ def attempt(
     for inner in graphs_in(lifted):
         drop_assertions(inner.graph)
         to_aten(inner.graph)
-        inner.recompile()
+        if inner is not lifted:  # that one's graph gets a module of its own below
+            inner.recompile()
     functionalise(graph)
     graph.eliminate_dead_code()
     if (node := _size_from_values(lifted)) is not None:

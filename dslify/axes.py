@@ -82,15 +82,28 @@ class AxisMap:
     def work(self, projected: frozenset[int] = frozenset()) -> Iterator[tuple[str, int, tuple[Axis, ...]]]:
         """What macs and params are sums of: (kind, constant, axes whose sizes multiply with it). MACs of the captured
         batch."""
-        for _, factors in self.binding.macs:
-            yield "macs", 1, factors
-        for name in self.weights:
-            yield "params", 1, self.parameters[name]
+        for (kind, factors), constant in self._products.items():
+            yield kind, constant, factors
         for at in projected:
             boundary = self.boundaries[at]
             others = math.prod(axis.find().hint for i, axis in enumerate(boundary.axes) if i != boundary.channel_axis)
             yield "macs", others * boundary.channels.hint, (boundary.channels,)
             yield "params", boundary.channels.hint, (boundary.channels,)
+
+    @cached_property
+    def _products(self) -> dict[tuple[str, tuple[Axis, ...]], int]:
+        """(kind, axes that may shrink) -> the sum of what stays, over all operators and weights with these axes."""
+        sums: dict[tuple[str, tuple[Axis, ...]], int] = {}
+        counted = [("macs", factors) for _, factors in self.binding.macs]
+        for kind, factors in [*counted, *(("params", self.parameters[name]) for name in self.weights)]:
+            constant, shrinking = 1, []
+            for root in (axis.find() for axis in factors):
+                if any(atom.touched and not atom.frozen for atom in root.atoms()):
+                    shrinking.append(root)
+                else:
+                    constant *= root.hint
+            sums[kind, tuple(shrinking)] = sums.get((kind, tuple(shrinking)), 0) + constant
+        return sums
 
     def macs(self, kept: Kept | None = None, projected: frozenset[int] = frozenset()) -> int:
         """Multiply-accumulates per sample at the example's size."""
@@ -220,18 +233,24 @@ def _enter(
 
 def _hints(region: fx.GraphModule) -> Callable[[Any], int]:
     values: dict[Any, int] = {}
-    for node in (node for inner in graphs_in(region) for node in inner.graph.nodes):
-        value = node.meta.get("val")
-        for size in value.shape if isinstance(value, Tensor) else ():
-            if isinstance(size, torch.SymInt) and size.node.expr not in values:
-                values[size.node.expr] = int(size.node.hint)
 
     def hint(size: Any) -> int:
         if isinstance(size, (int, torch.SymInt)):
             return hint_of(size)
+        if not values:
+            values.update(_symbols(region))
         return values[size] if size in values else int(sympy.sympify(size).subs(values))
 
     return hint
+
+
+def _symbols(region: fx.GraphModule) -> Iterator[tuple[Any, int]]:
+    """The expressions of sizes in a region, and their values at the example."""
+    for node in (node for inner in graphs_in(region) for node in inner.graph.nodes):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, Tensor) else ():
+            if isinstance(size, torch.SymInt):
+                yield size.node.expr, int(size.node.hint)
 
 
 def _touch_strength(region: fx.GraphModule, parameters: Mapping[str, tuple[Axis, ...]]) -> dict[Axis, int]:

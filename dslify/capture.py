@@ -22,6 +22,7 @@ from .attempt import Axes, attempt, traced_copy
 from .deadline import OutOfTime
 from .errors import CaptureError, one_line
 from .functional import symbolic, tensors_of
+from .garbage import seldom_collected
 from .obstacle import place
 from .readings import Reading, depends_on_values, readings
 from .readings import words as fixed_words
@@ -89,6 +90,7 @@ def _without_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[boo
             config.use_cache = True
 
 
+@seldom_collected()
 def capture(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, time_limit: float = SECONDS
 ) -> Graph:

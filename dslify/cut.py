@@ -85,22 +85,27 @@ def exits(graph: fx.Graph) -> dict[str, fx.Node | str]:
 
     A container that computes nothing itself (the `blocks` of `blocks.0`, `blocks.1` ...) is left by its parts' values.
     """
-    stacks: dict[fx.Node, dict[str, str]] = {}
+    stacks: dict[int, dict[str, str]] = {}  # nodes of one call share the stack of modules that it came from
     calls: dict[str, set[str]] = {}
+    of: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        stack = (node.meta.get("nn_module_stack") or {}).items() if node.op == "call_function" else ()
-        stacks[node] = {path: key for key, (path, _) in stack if path and not key.startswith("_empty")}
-        for path, key in stacks[node].items():
-            calls.setdefault(path, set()).add(key)
+        given = (node.meta.get("nn_module_stack") or {}) if node.op == "call_function" else {}
+        of[node] = id(given) if given else 0
+        if of[node] not in stacks:
+            stacks[of[node]] = {path: key for key, (path, _) in given.items() if path and not key.startswith("_empty")}
+            for path, key in stacks[of[node]].items():
+                calls.setdefault(path, set()).add(key)
     around = {path: [outer for outer in _outer_paths(path) if outer not in calls] for path in calls}
+    inside = {
+        at: dict.fromkeys(outer for path in stack for outer in (*around[path], path)) for at, stack in stacks.items()
+    }
     leaving: dict[str, list[fx.Node]] = {}
-    for node, stack in stacks.items():
-        inside = dict.fromkeys(outer for path in stack for outer in (*around[path], path))
+    for node in graph.nodes:
         users = [user for user in node.users if op_name(user) != "aten.sym_size.int"]  # the same size is read anywhere
-        beyond = [{*stacks[user], *(outer for path in stacks[user] for outer in around[path])} for user in users]
-        for path in inside:
+        beyond = [inside[of[user]] for user in users if of[user] != of[node]]
+        for path in inside[of[node]]:
             values = leaving.setdefault(path, [])
-            if is_tensor(node) and any(path not in user for user in beyond):
+            if beyond and is_tensor(node) and any(path not in user for user in beyond):
                 values.append(node)
     found: dict[str, fx.Node | str] = {}
     for path, values in leaving.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,12 @@ _IDENTITY_IN_EVAL = ("dropout", "feature_dropout", "alpha_dropout", "feature_alp
 
 def op_name(node: fx.Node) -> str:
     """ "aten.relu_.default" for an ATen call, else "" """
-    return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+    return _name(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+@cache
+def _name(target: torch._ops.OpOverload) -> str:
+    return str(target)
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -47,13 +53,18 @@ def put_tensor(module: nn.Module, target: str, value: Any) -> None:
     for part in path:
         if part not in module._modules:
             module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
+        module = module._modules[part]  # type: ignore[assignment]
     if isinstance(value, nn.Parameter):
         module.register_parameter(name, value)
     elif isinstance(value, torch.Tensor):
         module.register_buffer(name, value)
     else:
         setattr(module, name, value)
+
+
+def empty_graph_module(class_name: str) -> fx.GraphModule:
+    """A graph module to put tensors into, and then its graph: fx would copy every tensor's name from another root."""
+    return fx.GraphModule(nn.Module(), fx.Graph(), class_name=class_name)
 
 
 def parameters_read(module: nn.Module, nodes: Iterable[fx.Node]) -> int:
@@ -169,15 +180,22 @@ def memories_written(node: fx.Node) -> tuple[fx.Node, ...]:
     """The nodes that made the memory which a call writes into."""
     written: list[Any] = []
     if isinstance(node.target, torch._ops.OpOverload):
-        for at, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written.append(node.args[at] if at < len(node.args) else node.kwargs.get(argument.name))
+        for at, name in _written_arguments(node.target):
+            written.append(node.args[at] if at < len(node.args) else node.kwargs.get(name))
     elif (inner := inner_graph(node)) is not None:
         body, operands = inner
         inputs = [each for each in body.graph.nodes if each.op == "placeholder"]
         inside = {memory for each in body.graph.nodes for memory in memories_written(each)}
         written = [operand for each, operand in zip(inputs, operands, strict=True) if each in inside]
-    return tuple(memory_of(value) for value in pytree.tree_leaves(written) if isinstance(value, fx.Node))
+    leaves = pytree.tree_leaves(written) if written else ()
+    return tuple(memory_of(value) for value in leaves if isinstance(value, fx.Node))
+
+
+@cache
+def _written_arguments(target: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """Place and name of the arguments that an operator writes into."""
+    arguments = enumerate(target._schema.arguments)
+    return tuple((at, each.name) for at, each in arguments if each.alias_info is not None and each.alias_info.is_write)
 
 
 def aliases(node: fx.Node) -> fx.Node | None:
@@ -188,9 +206,14 @@ def aliases(node: fx.Node) -> fx.Node | None:
             return None
         inner = inner_graph(node.args[0])
         return _given_out(*inner, int(node.args[1])) if inner is not None else node.args[0]  # type: ignore[arg-type]
-    name = op_name(node).split(".")[1]
-    shares = any(value.alias_info is not None for value in node.target._schema.returns) or name in _IDENTITY_IN_EVAL
+    shares = _gives_out_its_input(node.target)
     return node.args[0] if shares and node.args and isinstance(node.args[0], fx.Node) else None
+
+
+@cache
+def _gives_out_its_input(target: torch._ops.OpOverload) -> bool:
+    returns = any(value.alias_info is not None for value in target._schema.returns)
+    return returns or target._schema.name.split("::")[1] in _IDENTITY_IN_EVAL
 
 
 def _given_out(body: fx.GraphModule, operands: tuple[Any, ...], at: int) -> fx.Node | None:

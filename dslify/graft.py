@@ -14,7 +14,7 @@ from .axes import AxisMap, Boundary
 from .capture import Graph
 from .cut import Partition
 from .errors import CutError
-from .functional import hint_of, is_tensor, put_tensor, symbolic, tensor_at
+from .functional import empty_graph_module, hint_of, is_tensor, put_tensor, symbolic, tensor_at
 from .switch import DSLayer, Layout, Mask, Switch
 
 
@@ -25,12 +25,22 @@ def region_module(module: fx.GraphModule, parts: Partition) -> fx.GraphModule:
     for node in (parts.cut, *parts.crossing):
         env[node] = graph.placeholder(node.name)
         env[node].meta.update(node.meta)
-    weights = {used for node in parts.region for used in node.all_input_nodes if used.op == "get_attr"}
+    inside = {*parts.region, *(used for node in parts.region for used in node.all_input_nodes if used.op == "get_attr")}
     for node in module.graph.nodes:
-        if node in weights or node in parts.region:
-            env[node] = graph.node_copy(node, lambda n: env[n])
+        if node in inside:
+            env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[node] for node in parts.outputs))
-    return fx.GraphModule(module, graph, class_name="Full")
+    return _holding(module, graph, "Full")
+
+
+def _holding(module: fx.GraphModule, graph: fx.Graph, class_name: str) -> fx.GraphModule:
+    """A graph module of what `graph` reads of `module`, and nothing else."""
+    own = empty_graph_module(class_name)
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            put_tensor(own, str(node.target), tensor_at(module, str(node.target)))
+    own.graph = graph
+    return cast(fx.GraphModule, own.eval())
 
 
 def region_inputs(module: fx.GraphModule, parts: Partition, captured: Graph) -> tuple[Any, ...]:
@@ -180,7 +190,7 @@ def assemble(module: fx.GraphModule, parts: Partition, layer: DSLayer) -> fx.Gra
     name = next(name for name in ("dsl", *(f"dsl_{i}" for i in range(1, 100))) if not hasattr(module, name))
     module.add_submodule(name, layer)
     for node in parts.base:
-        env[node] = graph.node_copy(node, lambda n: env[n])
+        env[node] = graph.node_copy(node, env.__getitem__)
     call = graph.call_module(name, tuple(env[node] for node in (parts.cut, *parts.crossing)))
     if len(parts.outputs) == 1:
         env[parts.outputs[0]] = call
@@ -191,14 +201,12 @@ def assemble(module: fx.GraphModule, parts: Partition, layer: DSLayer) -> fx.Gra
             env[node] = graph.call_function(operator.getitem, (call, at))
             env[node].meta["val"] = node.meta.get("val")
     for node in (*parts.tail, list(module.graph.nodes)[-1]):
-        env[node] = graph.node_copy(node, lambda n: env[n])
+        env[node] = graph.node_copy(node, env.__getitem__)
     graph.set_codegen(module.graph._codegen)
     for node in reversed(graph.nodes):  # parameters that only the region read
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    net = fx.GraphModule(module, graph, class_name=module.__class__.__name__)
-    net.eval()
-    return net
+    return _holding(module, graph, module.__class__.__name__)
 
 
 def inline(module: fx.GraphModule, call: fx.Node) -> None:
@@ -213,7 +221,7 @@ def inline(module: fx.GraphModule, call: fx.Node) -> None:
             elif node.op != "placeholder":
                 if node.op == "get_attr":
                     put_tensor(module, str(node.target), tensor_at(full, str(node.target)))
-                env[node] = module.graph.node_copy(node, lambda n: env[n])
+                env[node] = module.graph.node_copy(node, env.__getitem__)
     if len(outputs) == 1:
         call.replace_all_uses_with(outputs[0])
     else:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 
 from .errors import StoreError
-from .functional import tensor_at
+from .functional import empty_graph_module, tensor_at
 from .nameable import FUNCTIONS, check_path, identifier, mapping, nameable, need, operator_named, tree_spec
 
 _FUNCTION_NAMES = {id(function): name for name, function in FUNCTIONS.items()}
@@ -111,7 +111,7 @@ def decode(
     not have written.
     """
     need(isinstance(data, Mapping) and isinstance(data.get("nodes"), list), "a graph has no list of nodes")
-    net = fx.GraphModule(nn.Module(), fx.Graph(), class_name=identifier(data["class"]))
+    net = empty_graph_module(identifier(data["class"]))
     for path, inner in mapping(data["modules"]).items():
         if inner is None:
             _place(net, path, nn.Module())

@@ -16,6 +16,7 @@ from .derive import derive
 from .errors import OptionError, VerifyError
 from .example_inputs import example_for
 from .functional import copied, parameters_read, size_words
+from .garbage import seldom_collected
 from .graft import assemble, make_layer, region_inputs, region_module, samples_of
 from .macs import parameter_count
 from .nest import flatten, host_of, plain
@@ -130,6 +131,7 @@ def insert_again(net: nn.Module, request: Request, args: tuple[Any, ...], kwargs
     return net
 
 
+@seldom_collected()
 def insert_into(captured: Graph, request: Request, first: Layout | None = None) -> fx.GraphModule:
     """insert() for a network that is captured already (of the scope, if there is one); consumes the capture.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from .axes import AxisMap, Kept, sizes
-from .functional import op_name, put_tensor, tensor_at
+from .functional import empty_graph_module, op_name, put_tensor, tensor_at
 from .rules import Axis, Scaled, arguments, indices, project, set_argument
 
 aten = torch.ops.aten
@@ -38,12 +40,14 @@ def strongest(axes: AxisMap, kept: Kept) -> dict[Axis, Tensor]:
 
 def _squared_norms(weight: Tensor, dims: list[int]) -> dict[int, Tensor]:
     """Per axis the sum of squares over all others, piece by piece: squares of the whole would leave the cache."""
+    if weight.dim() == 1:
+        return {0: weight.float().square().double()}
     others = {at: [dim for dim in range(weight.dim()) if dim != at] for at in dims}
     sums: dict[int, list[Tensor]] = {at: [] for at in dims}
     for piece in weight.split(max(1, PIECE * len(weight) // max(1, weight.numel()))):
         squares = piece.float().square()
         for at in dims:
-            sums[at].append((squares.sum(others[at]) if others[at] else squares).double())
+            sums[at].append(squares.sum(others[at]).double())
     return {at: torch.cat(parts) if at == 0 else torch.stack(parts).sum(0) for at, parts in sums.items()}
 
 
@@ -54,12 +58,13 @@ def build(axes: AxisMap, kept: Kept, projected: frozenset[int] = frozenset()) ->
     """
     chosen = strongest(axes, kept)
     size = sizes(kept)
-    root = nn.Module()
+    root = empty_graph_module("Light")
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     entering = {b.node: at for at, b in enumerate(axes.boundaries) if b.is_input}
     leaving = {b.node: at for at, b in enumerate(axes.boundaries) if not b.is_input}
     tensors: dict[int, Any] = {}
+    entries = cache(lambda axis: indices(axis, chosen.get))
     placeholders = [node for node in axes.region.graph.nodes if node.op == "placeholder"]
     for node in placeholders:
         env[node] = graph.node_copy(node, lambda n: env[n])
@@ -77,13 +82,13 @@ def build(axes: AxisMap, kept: Kept, projected: frozenset[int] = frozenset()) ->
             graph.output(tuple(outs))
             continue
         if node.op == "get_attr" and node.target in axes.parameters:
-            _narrow(root, axes, node.target, chosen, tensors)
+            _narrow(root, axes, node.target, kept, entries, tensors)
         elif node.op == "get_attr":
             put_tensor(root, str(node.target), _body(axes, tensor_at(axes.region, str(node.target)), size, kept))
         env[node] = _copied(graph, axes, node, size, kept, env)
-    module = fx.GraphModule(root, graph, class_name="Light")
-    module.eval()
-    return module
+    root.graph = graph
+    root.eval()
+    return root
 
 
 def _body(axes: AxisMap, held: Any, size: Any, kept: Kept) -> Any:
@@ -110,15 +115,23 @@ def _copied(
     return _resized(graph, axes, node, copied, size, kept, env)
 
 
-def _narrow(root: nn.Module, axes: AxisMap, target: str, chosen: dict[Axis, Tensor], tensors: dict[int, Any]) -> None:
+def _narrow(
+    root: nn.Module,
+    axes: AxisMap,
+    target: str,
+    kept: Kept,
+    entries: Callable[[Axis], Tensor],
+    tensors: dict[int, Any],
+) -> None:
     """Put the kept entries of one parameter or buffer under the same name; tied ones stay tied."""
     source = tensor_at(axes.region, target)
     if id(source) not in tensors:
         value = source.detach()
         for at, axis in enumerate(axes.parameters[target]):
-            if any(atom in chosen for atom in axis.atoms()):
-                value = value.index_select(at, indices(axis, chosen.get).to(value.device))
-        value = value.clone(memory_format=torch.contiguous_format)
+            if any(atom in kept for atom in axis.atoms()):
+                value = value.index_select(at, entries(axis.find()).to(value.device))
+        if value.data_ptr() == source.data_ptr() or not value.is_contiguous():
+            value = value.clone(memory_format=torch.contiguous_format)
         is_weight = isinstance(source, nn.Parameter)
         tensors[id(source)] = nn.Parameter(value, value.is_floating_point()) if is_weight else value
     put_tensor(root, target, tensors[id(source)])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterator
 
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
@@ -58,20 +59,21 @@ def _in_fours(axes: AxisMap, kept: dict[Axis, int], projected: frozenset[int]) -
         for atom in {atom for axis in factors for atom in axis.atoms()}:
             inside.setdefault(atom, []).append(at)
 
-    def worth(at: int, change: dict[Axis, int]) -> int:
+    def worth(at: int, size: Callable[[Axis], int]) -> int:
         _, constant, factors = sums[at]
-        size = sizes({**kept, **change})
         return constant * math.prod(map(size, factors))
 
-    now = [worth(at, {}) for at in range(len(sums))]
+    size = sizes(kept)
+    now = [worth(at, size) for at in range(len(sums))]
     whole = {kind: max(1, sum(work for (k, _, _), work in zip(sums, now, strict=True) if k == kind)) for kind in KINDS}
     prices = []
     for atom, count in kept.items():
         four = 4 * -(-count // 4)
         if four != count and WIDE <= atom.hint >= four:
             added = dict.fromkeys(KINDS, 0)
+            size = sizes(ChainMap({atom: four}, kept))
             for at in inside.get(atom, ()):
-                added[sums[at][0]] += worth(at, {atom: four}) - now[at]
+                added[sums[at][0]] += worth(at, size) - now[at]
             prices.append((max(added[kind] / whole[kind] for kind in KINDS), four, atom))
     spent = 0.0
     for price, four, atom in sorted(prices, key=lambda entry: entry[:2]):

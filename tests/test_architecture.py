@@ -10,13 +10,13 @@ import dslify
 PACKAGE = Path(dslify.__file__).parent
 # each room imports only rooms above it
 ORDER = [
-    "errors", "files", "isolate", "functional", "guards", "deadline", "obstacle", "readings", "recurrent", "attempt",
-    "capture", "macs", "cut", "rules", "depth", "axes", "widths", "light", "layers", "inherit", "plan", "verify",
-    "derive", "switch", "graft", "nest", "survey", "nameable", "graph_json", "first_layer", "example_inputs",
-    "vouched", "pickle_symbols", "pickles", "archives", "load", "insert", "stored_modules", "store", "losses",
-    "audio", "samples", "data", "runs", "run_folder", "schedule", "gather", "refit", "training_run", "train", "cost",
-    "observe", "calibrate", "resampling", "measure", "report", "cut_tree", "picture", "explained", "options",
-    "console", "demo", "cli",
+    "errors", "files", "isolate", "garbage", "functional", "guards", "deadline", "obstacle", "readings",
+    "recurrent", "attempt", "capture", "macs", "cut", "rules", "depth", "axes", "widths", "light", "layers",
+    "inherit", "plan", "verify", "derive", "switch", "graft", "nest", "survey", "nameable", "graph_json",
+    "first_layer", "example_inputs", "vouched", "pickle_symbols", "pickles", "archives", "load", "insert",
+    "stored_modules", "store", "losses", "audio", "samples", "data", "runs", "run_folder", "schedule", "gather",
+    "refit", "training_run", "train", "cost", "observe", "calibrate", "resampling", "measure", "report", "cut_tree",
+    "picture", "explained", "options", "console", "demo", "cli",
 ]  # fmt: skip
 
 
