@@ -9,7 +9,7 @@ ZOO ?=
 SURGERY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint zoo bench-codec bench-inherit bench-surgery bench-memory clean
+.PHONY: help setup demo test lint zoo bench-codec bench-inherit bench-gc bench-surgery bench-memory bench-train clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,11 +40,17 @@ bench-codec: $(STAMP)  ## the codec on a folder of real sound: make bench-codec 
 bench-inherit: $(STAMP)  ## inherited weights against random ones: make bench-inherit DATA=folder
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.inherit --data $(DATA)
 
+bench-gc: $(STAMP)  ## gates in a keyword network on spoken words: make bench-gc DATA=folder
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gc --data $(DATA)
+
 bench-surgery: $(STAMP)  ## side by side with the public pruner (pip install torch-pruning first)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.surgery $(SURGERY)
 
 bench-memory: $(STAMP)  ## peak memory of insert on a network of 304 M parameters
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
+
+bench-train: $(STAMP)  ## time of a training step against its parts measured alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.train
 
 zoo: $(STAMP)  ## the surgery on 228 networks at three cuts each (about 45 minutes; ZOO="--times --jobs 1" for seconds alone)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --jobs 2 --json runs/zoo/zoo.json $(ZOO)

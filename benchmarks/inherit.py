@@ -40,8 +40,8 @@ from dslify.light import build
 from dslify.losses import light_loss
 from dslify.samples import Samples
 from dslify.schedule import positions, rate_share
+from dslify.stepper import CLIP, WEIGHT_DECAY
 from dslify.switch import DSLayer, dsl_layers
-from dslify.training_run import CLIP, WEIGHT_DECAY
 from dslify.widths import decide
 from recipes.soundstream import CUT, pretrained
 

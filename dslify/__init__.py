@@ -25,8 +25,10 @@ _ROOMS = {
     "plan": ["Plan"],
     "store": ["load", "save"],
     "losses": ["dsl_loss"],
+    "joint": ["training_network"],
     "data": ["open_data"],
     "train": ["finetune"],
+    "tradeoff": ["tradeoff"],
     "calibrate": ["calibrate"],
     "cost": ["cost"],
     "measure": ["evaluate"],
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from .example_inputs import example_inputs_for as example_inputs_for
     from .insert import insert as insert
     from .insert import remove as remove
+    from .joint import training_network as training_network
     from .load import load_model as load_model
     from .losses import dsl_loss as dsl_loss
     from .measure import evaluate as evaluate
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from .switch import Switch as Switch
     from .switch import dsl_layers as dsl_layers
     from .switch import route as route
+    from .tradeoff import tradeoff as tradeoff
     from .train import finetune as finetune
 
 

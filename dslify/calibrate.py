@@ -1,41 +1,50 @@
 """Thresholds: one pass over data that training has not seen, then where to draw the line.
 
 A sample goes light if and only if its score is under the threshold (DSL, arXiv 2404.04405, section 2.2), so a higher
-threshold sends more samples down the light path. Both rules here are point estimates from the samples given.
+threshold sends more samples down the light path. A wanted share and a bounded mean are point estimates from the samples
+given; a guarantee holds for new data (see guarantee.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from torch import fx, nn
 
+from .aim import Aim, Guarantee
 from .data import open_data
-from .errors import DataError, OptionError
-from .observe import Observations as Observations
-from .observe import collect, only_layer, plain
+from .errors import DataError
+from .observe import Metric, plain
 from .runs import History
-from .samples import Samples, expected_shape
+from .samples import Samples, raw_bytes
+from .switch import DSLayer, required_layers
+from .thresholds import risk_by_count, threshold_after
+from .tradeoff import BOUND, CONFIDENCE, Risks, curve_path, measured, tabulated, write_curve
 
 FEWEST = 20  # samples: with fewer, one sample moves the share by more than 5 points
-MARGIN = 2.0**-16  # relative: how far above the largest score a threshold lies that sends all samples light
+
+Training = History | str | Path
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold and how it came about.
+    """A threshold and how it came about; of a cascade, the outermost layer's, and every layer's in `layers`.
 
-    threshold: in units of relative difference, as stored in the layer. how: a sentence.
+    threshold: as stored in the layer. kind: what scores are: "difference", predicted relative differences, or
+    "positive", probabilities of a positive. how: a sentence.
     n, sources: samples used, and the recordings they were cut from. share: part of them that goes light, 0 to 1.
-    mean_difference: over all samples, those on the full path counting 0.
-    light_share, max_difference: what was asked for, or None. overlap: samples that training has seen too, None where
-    nobody said what it was trained on. notes: what to beware of.
+    mean_difference: over these samples, those on the full path counting 0.
+    light_share, max_difference, max_metric: what was asked for, or None. overlap: samples that training has seen too,
+    None where nobody said what it was trained on. notes: what to beware of.
+    guarantee, epsilon, delta, units, bound: what is promised to hold for new data (delta: only for "routed"), from how
+    many exchangeable units, with losses cut off at the bound; promise: the same as a sentence. All None without one.
+    risk: what epsilon bounds, as measured on these units.
     """
 
     threshold: float
@@ -48,6 +57,16 @@ class Calibration:
     max_difference: float | None = None
     overlap: int | None = None
     notes: tuple[str, ...] = ()
+    max_metric: float | None = None
+    guarantee: Guarantee | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    units: int | None = None
+    bound: float | None = None
+    promise: str | None = None
+    risk: float | None = None
+    kind: str = "difference"
+    layers: tuple[Calibration, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return plain(asdict(self))
@@ -59,119 +78,172 @@ def calibrate(
     light_share: float | None = None,
     max_difference: float | None = None,
     *,
-    training: History | str | Path | None = None,
+    guarantee: Guarantee | None = None,
+    confidence: float | None = None,
+    bound: float | None = None,
+    metric: Metric | None = None,
+    max_metric: float | None = None,
+    curve: str | Path | None = None,
+    training: Training | Sequence[Training] | None = None,
     batch_size: int = 32,
     progress: bool | None = None,
 ) -> Calibration:
-    """Set the threshold of a network's DSLayer from data that neither training nor the reported test uses.
+    """Set the thresholds of a network's DSLayers from data that neither training nor the reported test uses.
 
     data: all that `open_data` takes: Samples, a folder of audio, a tensor (n, ...), a Dataset ... Give exactly one of
     light_share: part of the samples that shall go light, 0 to 1; samples of equal score stay together, so the nearest
     share that can be had is taken, the smaller of two equally near.
     max_difference: the largest threshold at which the mean relative difference over all samples, those on the full
-    path counting 0, stays at or under this bound. A point estimate, not a guarantee.
+    path counting 0, stays at or under this bound. A point estimate, unless a guarantee is asked for.
+    max_metric: the same for a metric of yours, (network output, model input) of a batch -> one error per sample,
+    smaller is better: bounded is by how much it is larger on the light path than on the full one, at least 0.
 
-    training: what finetune returned, or its run folder; samples that it has seen are counted, and a note warns of them.
-    A layer whose scale fine-tuning has not measured gets the scale of this data.
+    guarantee: "mean": for new data the mean over all samples is within the bound on average (conformal risk control);
+    "routed": with this confidence (0.95) the mean over the samples that go light is (learn-then-test). confidence alone
+    means "routed". Both count a loss above `bound` (1) as the bound, and every source once, however many samples were
+    cut from it: sources are what has to be like the sources to come.
+    Of several layers the outermost comes first, and each is set on the samples that reach it: a share holds for these,
+    and a bound and 1 - confidence are split evenly over the layers. With a guarantee each layer gets its own part of
+    the sources, because thresholds before it, chosen from the same samples, would decide which of them it sees.
+
+    curve: a .csv or .json file for what every threshold would do (see `tradeoff`), replaced if it is there.
+    training: what finetune returned, or its run folder, or several; samples that it has seen are counted, and a note
+    warns of them. A layer whose scale fine-tuning has not measured gets the scale of this data.
     Between two neighbouring scores every threshold routes alike; the middle is taken, so that rounding tips no sample.
-    Raises OptionError for a value out of range or a network without exactly one DSLayer, DataError for fewer than 20
-    samples, for scores and differences that are not numbers, or for a folder that is no run.
+    What was found is also kept in the network, and by dslify.save; `recorded` reads it.
+    Raises OptionError for a value out of range or a network without a DSLayer, DataError for fewer than 20 samples at
+    a layer, for fewer sources than the guarantee needs, for scores and differences that are not numbers, or for a
+    folder that is no run. The thresholds are then as they were.
     """
-    if (light_share is None) == (max_difference is None):
-        given = "neither" if light_share is None else "both"
-        raise OptionError(f"Calibration takes exactly one of light_share and max_difference; got {given}.")
-    if light_share is not None and not 0 <= light_share <= 1:
-        raise OptionError(f"light_share is the part of the samples that goes light, 0 to 1; got {light_share:g}.")
-    if max_difference is not None and not 0 < max_difference < math.inf:
-        raise OptionError(
-            f"max_difference is a mean relative difference above 0, such as 0.05; got {max_difference:g}."
-        )
-    layer = only_layer(net)
-    samples = open_data(data, expected_shape(net), progress=progress)
-    count = len(samples)
-    if count < FEWEST:
-        raise DataError(f"A threshold needs at least {FEWEST} samples to calibrate on; got {count}.")
+    asked = Aim.of(light_share, max_difference, max_metric, guarantee, confidence, bound, metric is not None)
+    layers = required_layers(net)
+    file = None if curve is None else curve_path(curve)
+    samples = open_data(data, net, progress=progress)
+    aim = asked.split(len(layers))
+    _enough(len(samples), len(set(samples.sources)), aim, "")
     overlap = None if training is None else _overlap(samples, training)
-    seen = collect(net, samples, batch_size=batch_size, progress=progress)
-    ordered, counts = levels(seen.score)
-    risk = risk_by_count(seen.score, seen.difference)
-    if light_share is not None:
-        k = nearest_count(counts, light_share * count)
-    else:
-        k = largest_count(counts, risk, float(max_difference or 0))
-    tau = threshold_after(ordered, k, layer.threshold.dtype)
-    layer.threshold.fill_(tau)
-    layer.scale.copy_(seen.scale)
-    share, mean, sources = k / count, float(risk[k]), len(set(seen.sources))
-    if light_share is not None:
-        how = (
-            f"share: {k} of {count} samples from {sources} sources score under it "
-            f"({100 * share:.1f} %, asked for {100 * light_share:.1f} %)"
-        )
-    else:
-        how = (
-            f"bounded mean difference: the largest at which the mean over all {count} samples from {sources} sources "
-            f"({mean:.4g}) stays within {max_difference:g}, a point estimate without a guarantee for other data"
-        )
-    notes = []
+    risks = measured(net, samples, metric, batch_size, progress)
+    records: list[Calibration] = []
+    for at, layer in enumerate(layers):
+        used = risks.reaching(at, [record.threshold for record in records])
+        if asked.guarantee:
+            used &= _first_seen(risks.unit) % len(layers) == at
+        where = f" at layer {at + 1} of {len(layers)}" if len(layers) > 1 else ""
+        records.append(_record(risks, at, used, layer, aim, where))
     if overlap:
-        notes.append(f"{overlap} of {count} samples were used in training too, so the switch looks better than it is")
+        seen = f"{overlap} of {len(samples)} samples were used in training too, so the switch looks better than it is"
+        records[0] = replace(records[0], notes=(seen, *records[0].notes))
+    result = replace(records[0], overlap=overlap, layers=tuple(records) if len(records) > 1 else ())
+    if file is not None:
+        delta = 1 - (CONFIDENCE if confidence is None else confidence)
+        write_curve(tabulated(risks, [record.threshold for record in records], delta, aim.bound or BOUND), file)
+    for layer, record, seen_by in zip(layers, records, risks.seen, strict=True):
+        layer.threshold.fill_(record.threshold)
+        layer.scale.copy_(seen_by.scale)
+    _keep(net, result)
+    return result
+
+
+def _record(risks: Risks, at: int, used: np.ndarray, layer: DSLayer, aim: Aim, where: str) -> Calibration:
+    """One layer's threshold, from the samples that `used` marks. where: the layer in words. Raises DataError."""
+    seen, n = risks.seen[at], int(used.sum())
+    units = risks.unit[used]
+    sources = len(np.unique(units))
+    _enough(n, sources, aim, where)
+    score, raw = seen.score[used], risks.loss[at][used]
+    loss = aim.cut_off(raw)
+    k = aim.count(score, loss, units)
+    tau = threshold_after(np.sort(score), k, layer.threshold.dtype)
+    risk = aim.risk(score, loss, units, k)
+    notes = []
+    if aim.guarantee and k == 0:
+        notes.append("nothing could be promised for any sample, so none goes light; give more data, or ask for less")
+    if cut := int((raw > loss).sum()):
+        notes.append(f"{cut} of {n} samples lose more than {aim.bound:g} on the light path, which counts as that much")
     if sources < FEWEST:
-        notes.append(f"the {count} samples come from {sources} sources only; samples of one source are alike")
-    return Calibration(tau, how, count, sources, share, mean, light_share, max_difference, overlap, tuple(notes))
+        notes.append(f"the {n} samples come from {sources} sources only; samples of one source are alike")
+    return Calibration(
+        tau,
+        aim.how(k, n, sources, risk),
+        n,
+        sources,
+        share=k / n,
+        mean_difference=float(risk_by_count(seen.score[used], seen.difference[used])[k]),
+        light_share=aim.light_share,
+        max_difference=None if aim.judged else aim.epsilon,
+        notes=tuple(notes),
+        max_metric=aim.epsilon if aim.judged else None,
+        guarantee=aim.guarantee,
+        epsilon=aim.epsilon if aim.guarantee else None,
+        delta=aim.delta,
+        units=sources if aim.guarantee else None,
+        bound=aim.bound,
+        promise=aim.promise(sources, sources < n),
+        risk=None if aim.epsilon is None else risk,
+        kind=getattr(layer.switch, "kind", "difference"),
+    )
 
 
-def _overlap(samples: Samples, training: History | str | Path) -> int:
+def _enough(n: int, sources: int, aim: Aim, where: str) -> None:
+    """Raises DataError where n samples from so many sources are too few for any threshold, or for the guarantee."""
+    if n < FEWEST:
+        way = " Give more data, or let less go light before." if where else ""
+        raise DataError(f"A threshold needs at least {FEWEST} samples to calibrate on; got {n}{where}.{way}")
+    if sources < aim.needs:
+        once = " (samples of one source count once)" if sources < n else ""
+        raise DataError(
+            f"A guarantee of {aim.epsilon:g} takes at least {aim.needs} sources{once}; got {sources}{where}. Give more "
+            "data, or ask for less."
+        )
+
+
+def _first_seen(unit: np.ndarray) -> np.ndarray:
+    """The samples' sources numbered in the order of the data, so that every n-th source is spread over it."""
+    _, first, back = np.unique(unit, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[back]
+
+
+def _overlap(samples: Samples, training: Training | Sequence[Training]) -> int:
     """How many of the samples training has seen, by their fingerprints."""
-    if isinstance(training, History):
-        known = training.fingerprints
-    else:
-        path = Path(training) / "data.json"
-        try:
-            known = frozenset(mark for part in json.loads(path.read_text()).values() for mark in part)
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise DataError(f"{path} does not tell what was trained on ({error}); name the folder of a run.") from error
+    known: set[str] = set()
+    for run in (training,) if isinstance(training, (History, str, Path)) else training:
+        known |= run.fingerprints if isinstance(run, History) else _fingerprints(Path(run) / "data.json")
     return sum(mark in known for mark in samples.fingerprints())
 
 
-def levels(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sorted scores, and every number of samples that a threshold can send light (equal scores go together)."""
-    ordered = np.sort(score)
-    rises = np.flatnonzero(np.diff(ordered) > 0) + 1
-    return ordered, np.concatenate([[0], rises, [len(ordered)]])
+def _fingerprints(path: Path) -> frozenset[str]:
+    try:
+        return frozenset(mark for part in json.loads(path.read_text()).values() for mark in part)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} does not tell what was trained on ({error}); name the folder of a run.") from error
 
 
-def nearest_count(counts: np.ndarray, wanted: float) -> int:
-    """The entry of `counts` nearest to `wanted`; of two equally near, the smaller (less goes light)."""
-    return int(counts[np.argmin(np.abs(counts - wanted))])
+def _noting(net: nn.Module) -> fx.GraphModule | None:
+    """The outermost graph that notes what was done to it."""
+    graphs = (module for module in net.modules() if isinstance(module, fx.GraphModule))
+    return next((graph for graph in graphs if "dslify" in graph.meta), None)
 
 
-def risk_by_count(score: np.ndarray, difference: np.ndarray) -> np.ndarray:
-    """Entry k: the mean difference over all n samples when the k of lowest score go light; (n + 1,).
+def _digest(graph: nn.Module) -> str:
+    """One hash of all weights, thresholds included."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(graph.state_dict().items()):
+        found.update(name.encode() + raw_bytes(value))
+    return found.hexdigest()
 
-    It never falls as k grows, because no difference is negative.
+
+def _keep(net: nn.Module, result: Calibration) -> None:
+    graph = _noting(net)
+    if graph is not None:
+        graph.meta["dslify"]["calibration"] = {**result.to_json(), "weights": _digest(graph)}
+
+
+def recorded(net: nn.Module) -> dict[str, Any] | None:
+    """How the thresholds of a network were set, as Calibration.to_json gives it; None where they were not, or where a
+    weight or a threshold has changed since, so that nothing that was found or promised holds any more.
     """
-    by_score = difference[np.argsort(score, kind="stable")]
-    return np.concatenate([[0.0], np.cumsum(by_score)]) / len(score)
-
-
-def largest_count(counts: np.ndarray, risk: np.ndarray, bound: float) -> int:
-    """The largest entry of `counts` whose risk is at or under `bound`; no sample light is always within it."""
-    return int(counts[risk[counts] <= bound][-1])
-
-
-def threshold_after(ordered: np.ndarray, k: int, dtype: torch.dtype = torch.float32) -> float:
-    """A threshold, exact in `dtype`, above the first k of the sorted scores and not above the next one."""
-
-    def stored(value: float) -> float:
-        return torch.tensor(value, dtype=dtype).item()
-
-    if k == 0:
-        return stored(min(0.0, float(ordered[0])))
-    below = float(ordered[k - 1])
-    if k < len(ordered):
-        above = float(ordered[k])
-        middle = stored((below + above) / 2)
-        return middle if below < middle <= above else stored(above)
-    least = torch.tensor(below, dtype=dtype).nextafter(torch.tensor(math.inf, dtype=dtype)).item()
-    return max(least, stored(below + abs(below) * MARGIN))
+    graph = _noting(net)
+    found = graph.meta["dslify"].get("calibration") if graph is not None else None
+    if not isinstance(found, dict) or graph is None or found.get("weights") != _digest(graph):
+        return None
+    return {name: value for name, value in found.items() if name != "weights"}

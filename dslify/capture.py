@@ -112,9 +112,9 @@ def capture(
                 "Give the right shape with --input, such as --input 1x1x16000."
             ) from error
         _register_dataclasses((args, kwargs, expected))
-        attempts = list(_attempts(args, kwargs))
+        asked = list(attempts(args, kwargs))
         reason, given_up, stuck = "", "", None
-        waiting: list[tuple[Dynamic, Example, tuple[Reading, ...]]] = [(*each, ()) for each in attempts]
+        waiting: list[tuple[Dynamic, Example, tuple[Reading, ...]]] = [(*each, ()) for each in asked]
         while waiting:
             seconds = _SHARES[min(3, len(waiting))] * (time_limit - (time.perf_counter() - start))
             dynamic, example, numbers = waiting.pop(0)
@@ -133,7 +133,7 @@ def capture(
                 continue
             reason = _differs(graph_module, expected, args, kwargs)
             if not reason:
-                words = _varying(graph_module, attempts[0], "" if numbers else given_up)
+                words = _varying(graph_module, asked[0], "" if numbers else given_up)
                 if numbers:
                     words += f"; numbers that the forward reads from its inputs are fixed: {fixed_words(numbers)}"
                 if uncached and any(hasattr(expected, name) for name in ("past_key_values", "cache_params")):
@@ -205,7 +205,7 @@ def _way_out(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i
             break
         if len(given) != 1 or not size[path] or any(path.startswith(f"{other}.") for other in found):
             continue
-        dynamic, example = list(_attempts(*given[0]))[-2:][0]  # the batch alone, where there is one
+        dynamic, example = list(attempts(*given[0]))[-2:][0]  # the batch alone, where there is one
         try:
             attempt(traced_copy(module.get_submodule(path)), *example, dynamic, seconds)
         except (Exception, OutOfTime):
@@ -231,7 +231,7 @@ def _register_dataclasses(tree: Any) -> None:
             _register_dataclasses(leaf)
 
 
-def _attempts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Dynamic, Example]]:
+def attempts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Dynamic, Example]]:
     """(leaf -> its dynamic axes, example) from the most general to the least."""
 
     def vary(axes: Callable[[Tensor], Iterable[int]]) -> Dynamic:

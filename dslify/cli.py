@@ -10,21 +10,25 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, learning
 from . import options as o
 from .console import (
     Door,
     Output,
     dslified,
-    grouped,
     network_and_inputs,
-    read_data,
     show_cuts,
     show_layer,
     size_of,
 )
 from .errors import OptionError, StoreError
-from .options import beside, drawable, hertz, number, run_folder, seconds, share, whole
+from .options import (
+    beside,
+    drawable,
+    number,
+    share,
+    whole,
+)
 
 app = typer.Typer(
     cls=Door,
@@ -108,6 +112,8 @@ def inspect(
 def insert(
     model: o.Model,
     at: o.At,
+    light: o.Light = None,
+    mode: o.Mode = "dsl",
     width: o.Width = None,
     cost: o.CostShare = None,
     depth: o.Depth = "1",
@@ -132,7 +138,7 @@ def insert(
     if at == "auto" and to is not None:
         raise OptionError("--at auto weighs all that follows a cut; with --to, name the cut as well.")
     options: dict[str, Any] = {
-        "width": share("width", width or "0.1"),
+        "width": None if width is None else share("width", width),
         "cost": None if cost is None else number("cost", cost, "above 0 and below 1", above=0, below=1),
         "depth": share("depth", depth),
         "seed": whole("seed", seed),
@@ -147,142 +153,29 @@ def insert(
 
             network, example = network_and_inputs(model, input, trust, code, arch)
             inputs: dict[str, Any] = {"example_inputs": example.args, "example_kwargs": example.kwargs}
-            net = surgery(network, at, scope=scope, to=to, mask=mask, projection=projection, **inputs, **options)
+            parts: dict[str, Any] = {"mask": mask, "light": light, "mode": mode, "projection": projection}
+            net = surgery(network, at, scope=scope, to=to, **parts, **inputs, **options)
         written = save(net, target, force=force)
         out.show(f"{model}: {type(network).__name__}, {example.words}")
         show_layer(out, written, net, explain)
         out.document = {**out.document, "model": model, "input": example.words}
         out.show("", f"wrote {written} ({size_of(written)})")
-        out.next("finetune", str(written), "--data", "FOLDER")
+        labels = ("--positive", "LABELS") if mode == "gc" else ()
+        out.next("finetune", str(written), "--data", "FOLDER", *labels)
 
 
-@app.command(
+app.command(
     short_help="train light path and switch",
     epilog="Example: dslify finetune model.dsl --data sound/train --switch-data sound/valid",
-)
-def finetune(
-    file: o.File,
-    data: o.Data,
-    switch_data: o.SwitchData = None,
-    steps: o.Steps = "800",
-    switch_steps: o.SwitchSteps = "400",
-    batch_size: o.BatchSize = "16",
-    lr: o.LearningRate = "0.003",
-    alpha: o.Alpha = "1",
-    beta: o.Beta = "0",
-    rate: o.Rate = None,
-    segment: o.Segment = None,
-    fit: o.Fit = True,
-    resume: o.Resume = False,
-    run_dir: o.RunDir = None,
-    seed: o.Seed = "0",
-    threads: o.Threads = None,
-    output: o.Write = None,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Train the light path to answer like the full one, and the switch to predict how far off it is."""
-    options: dict[str, Any] = {
-        "steps": whole("steps", steps),
-        "switch_steps": whole("switch-steps", switch_steps),
-        "batch_size": whole("batch-size", batch_size, least=1),
-        "lr": number("lr", lr, "above 0", above=0),
-        "alpha": number("alpha", alpha, "above 0", above=0),
-        "beta": number("beta", beta, "0 or above", least=0),
-        "seed": whole("seed", seed),
-        "fit": fit,
-        "threads": None if threads is None else whole("threads", threads, least=1),
-    }
-    rate_hz, length = hertz(rate), seconds(segment)
-    with Output(as_json, quiet) as out:
-        net = dslified(file)
-        from . import finetune as train
-        from . import report, save
-
-        folder = run_dir or run_folder(file, resume)
-        samples = read_data(net, data, rate_hz, length, out)
-        others = None if switch_data is None else read_data(net, switch_data, rate_hz, length, out)
-        try:
-            history = train(
-                net, samples, switch_data=others, run_dir=folder, resume=resume, progress=out.progress, **options
-            )
-        except KeyboardInterrupt:
-            if not (folder / "config.json").exists():
-                raise
-            raise KeyboardInterrupt(f"go on with the same command and --resume --run-dir {folder}") from None
-        written = save(net, output or file, force=True)
-        out.document = {"file": str(written), "run_dir": str(folder), **history.to_json()}
-        out.show(
-            report.training(history), "", f"wrote {written} ({size_of(written)}) and {folder}/ (logs, checkpoints)"
-        )
-        out.next("calibrate", str(written), "--data", "OTHER_FOLDER", "--light-share", "0.5")
-
-
-@app.command(
+)(learning.finetune)
+app.command(
     short_help="set the threshold",
-    epilog="Example: dslify calibrate model.dsl --data sound/calibration --max-difference 0.05",
-)
-def calibrate(
-    file: o.File,
-    data: o.Data,
-    light_share: o.LightShare = None,
-    max_difference: o.MaxDifference = None,
-    rate: o.Rate = None,
-    segment: o.Segment = None,
-    batch_size: o.BatchSize = "32",
-    output: o.Write = None,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Set the threshold, on data that neither training nor the final test uses."""
-    if (light_share is None) == (max_difference is None):
-        given = "neither" if light_share is None else "both"
-        raise OptionError(f"calibrate takes either --light-share or --max-difference; got {given}.")
-    wanted = None if light_share is None else number("light-share", light_share, "0 to 1", least=0, most=1)
-    bound = None if max_difference is None else number("max-difference", max_difference, "above 0", above=0)
-    batch, rate_hz, length = whole("batch-size", batch_size, least=1), hertz(rate), seconds(segment)
-    with Output(as_json, quiet) as out:
-        net = dslified(file)
-        from . import calibrate as set_threshold
-        from . import report, save
-
-        samples = read_data(net, data, rate_hz, length, out)
-        result = set_threshold(net, samples, wanted, bound, batch_size=batch, progress=out.progress)
-        written = save(net, output or file, force=True)
-        out.document = {"file": str(written), **result.to_json()}
-        out.show(report.calibration(result), "", f"wrote {written} ({size_of(written)})")
-        out.next("evaluate", str(written), "--data", "TEST_FOLDER")
-
-
-@app.command(
+    epilog="Example: dslify calibrate model.dsl --data sound/calibration --max-difference 0.05 --guarantee mean",
+)(learning.calibrate)
+app.command(
     short_help="hold the routing against its rivals",
     epilog="Example: dslify evaluate model.dsl --data sound/test --by label",
-)
-def evaluate(
-    file: o.File,
-    data: o.Data,
-    by: o.By = "label",
-    rate: o.Rate = None,
-    segment: o.Segment = None,
-    batch_size: o.BatchSize = "32",
-    seed: o.Seed = "0",
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Hold the routing against full, light, random, an oracle and plain loudness on test data."""
-    if by not in ("label", "source", "all"):
-        raise OptionError(f"by is one of label, source, all; got {by!r}.")
-    batch, first = whole("batch-size", batch_size, least=1), whole("seed", seed)
-    rate_hz, length = hertz(rate), seconds(segment)
-    with Output(as_json, quiet) as out:
-        net = dslified(file)
-        from . import evaluate as judge
-        from . import report
-
-        samples = grouped(read_data(net, data, rate_hz, length, out), by)
-        result = judge(net, samples, batch_size=batch, seed=first, progress=out.progress)
-        out.document = {"file": str(file), **result.to_json()}
-        out.show(report.evaluation(result))
+)(learning.evaluate)
 
 
 @app.command(short_help="all of it on a codec that comes with dslify", epilog="Example: dslify demo --output demo-out")

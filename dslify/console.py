@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from typer import Exit, TyperException
 from typer.core import TyperGroup
 
-from .errors import CutError, DslifyError
+from .errors import CutError, DslifyError, OptionError
+from .options import whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,6 +67,7 @@ class Output:
     def __init__(self, as_json: bool, quiet: bool):
         self.as_json, self.quiet = as_json, quiet
         self.document: dict[str, Any] = {}
+        self.read: list[dict[str, Any]] = []  # reports on the data, added to the document as "read"
         self._stdout = sys.stdout
 
     @property
@@ -82,7 +84,8 @@ class Output:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         sys.stdout = self._stdout
         if kind is None and self.as_json:
-            print(json.dumps(self.document, indent=2, allow_nan=False))
+            document = {**self.document, "read": self.read} if self.read else self.document
+            print(json.dumps(document, indent=2, allow_nan=False))
 
     def show(self, *parts: Any) -> None:
         """Print rich renderables, and lines of text unchanged and unbroken."""
@@ -130,48 +133,63 @@ def dslified(file: Path) -> nn.Module:
     return load(file)
 
 
-def read_data(net: nn.Module, source: str, rate: int | None, segment: float | None, out: Output) -> Samples:
-    """The data as the network takes it, in pieces of `segment` seconds or as inserted; what was skipped is said."""
+def read_data(
+    net: nn.Module,
+    source: str,
+    rate: int | None,
+    segment: float | None,
+    out: Output,
+    labels: Path | None = None,
+    workers: str = "0",
+) -> Samples:
+    """The data as the network takes it, in pieces of `segment` seconds or as inserted; what was skipped is said.
+
+    labels: a CSV table. workers: as written on the command line. The report also goes to `out.read`.
+    """
+    count = whole("workers", workers)
     from . import open_data
     from .data import DEFAULT_RATE
-    from .samples import expected_shape
+    from .samples import expected_classes, expected_shape, shaped
 
     shape = expected_shape(net)
     if segment is not None and shape:
+        if len(shape) > 2:
+            raise OptionError(
+                f"--segment is for sound, and the network reads {shaped(shape)} per sample; leave it out."
+            )
         shape = (*shape[:-1], max(1, round(segment * (rate or DEFAULT_RATE))))
-    samples = open_data(source, shape, rate=rate, progress=out.progress)
+    known: dict[str, Any] = {"labels": labels, "classes": expected_classes(net), "workers": count}
+    samples = open_data(source, net if segment is None else shape, rate=rate, progress=out.progress, **known)
+    out.read.append(samples.report.to_json())
     out.show(*_data_lines(samples.report))
     return samples
-
-
-def grouped(samples: Samples, by: str) -> Samples:
-    """Labels for the rows of a table."""
-    from dataclasses import replace
-
-    if by == "label":
-        return samples
-    return replace(samples, labels=samples.sources if by == "source" else ("",) * len(samples))
 
 
 def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -> None:
     """What was cut and where, with costs."""
     from . import report
+    from .calibrate import recorded
     from .cost import cost, planned
     from .explained import explanation
     from .switch import dsl_layers
 
-    layers = dsl_layers(net)
-    rows = cost(net) if len(layers) == 1 else ()
+    layers, rows = dsl_layers(net), cost(net)
+    several = len(layers) > 1
     documents = [{"threshold": layer.threshold.item(), "plan": layer.plan.to_json()} for layer in layers]
     out.document = {"file": str(file), **documents[0], "cost": [row.to_json() for row in rows]}
-    if len(layers) > 1:
+    if several:
         out.document["layers"] = documents
-    for at, layer in enumerate(layers):
-        if len(layers) > 1:
-            out.show("" if at else f"{len(layers)} Dynamic Switch Layers, the outermost first")
-        out.show(report.surgery(rows or planned(layer.plan), layer.plan))
+        out.show(f"{len(layers)} Dynamic Switch Layers, the outermost first", report.surgery(rows))
+        out.show("a full path is counted without the layers inside it")
+    for layer in layers:
+        out.show(*[""] * several, report.surgery(planned(layer.plan) if several else rows, layer.plan))
         if explain:
             out.show(explanation(layer.plan))
+    if kept := recorded(net):
+        out.document["calibration"] = kept
+        for one in kept["layers"] or [kept]:
+            promise = [f"promise: {one['promise']}"] if one["promise"] else []
+            out.show(f"threshold {report.figure(one['threshold'])} set by {one['how']}", *promise)
 
 
 def show_cuts(out: Output, found: Survey, name: str, levels: int | None, picture: Path | None) -> str:

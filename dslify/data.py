@@ -5,138 +5,124 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
-from .audio import SUFFIXES, AudioFile, Clip, audio_files, read_clip
-from .errors import DataError
-from .samples import (
-    Collector,
-    Samples,
-    shaped,
-    show_progress,
-)
-
-DEFAULT_RATE = 16_000  # Hz, said in the report when nothing else was given
-ARRAY_NAMES = ("samples", "inputs", "input", "x", "data")
-ARRAY_SUFFIXES = frozenset({".npy", ".npz", ".pt", ".pth", ".safetensors"})
+from .arrays import SUFFIXES as ARRAYS
+from .arrays import from_numpy, named_arrays, read_arrays
+from .errors import DataError, OptionError, some
+from .folders import SUFFIXES as FILES
+from .folders import open_files
+from .images import Pixels, pixels_of
+from .items import has_places, open_items
+from .samples import Collector, Samples, expected_classes, expected_shape, fitted, shaped
+from .wanted import DEFAULT_RATE as DEFAULT_RATE
+from .wanted import Wanted
 
 
 def open_data(
     source: Any,
-    shape: Sequence[int] | None = None,
+    shape: Sequence[int] | nn.Module | None = None,
     *,
     rate: int | None = None,
-    labels: Sequence[Any] | None = None,
+    labels: Sequence[Any] | str | Path | None = None,
     sources: Sequence[Any] | None = None,
+    classes: Sequence[str] = (),
+    pixels: Pixels | None = None,
+    workers: int | None = None,
+    seed: int = 0,
     progress: bool | None = None,
 ) -> Samples:
     """Read `source` once and hold it (in memory up to 2 GiB, then in a temporary file).
 
-    source: a folder of audio or one audio file; an array file, first axis = samples (.npy, .npz, .pt, .pth or
-    .safetensors, with arrays named samples, labels, sources when there are several); "pkg.mod:factory", called without
-    arguments; or from Python a tensor, an array, a torch Dataset, a DataLoader (its dataset is read) or any finite
-    iterable, whose items are tensors or (tensor, label).
-    shape: of one sample as the network takes it, without the batch axis (`expected_shape(net)`). Audio needs it: files
-    are cut into segments of that length. Arrays may have other sizes, but not another number of axes.
+    source: a folder of audio or of pictures, or one such file; an array file, first axis = samples (.npy, .npz, .pt,
+    .pth or .safetensors, with arrays named samples, labels, sources when there are several); "pkg.mod:factory", called
+    without arguments; or from Python a tensor, an array, a dict of arrays, a torch or Hugging Face data set, a
+    DataLoader (its data set is read) or any finite iterable. Items are tensors, arrays, PIL images, (one of these,
+    label), or dicts (input_values, pixel_values, input_features, input_ids, audio or image; label; speaker_id ...).
+    shape: of one sample as the network takes it, without the batch axis, or the dslified network, which knows it. Audio
+    and pictures need it: recordings are cut into segments of that length, pictures are resized and cropped. Arrays may
+    have other sizes, but not another number of axes.
     rate: of the network in Hz; audio at any other rate is resampled. 16 kHz when not given, and the report says so.
-    labels, sources: for data given from Python or in an array file, one a sample.
+    labels: one a sample for data given from Python or in an array file; for a folder the CSV table to take labels and
+    sources from (columns path, label, and source as wanted; see listing.described). sources: one a sample.
+    classes: the labels in the order of the network's outputs; as the network or the data set says it, else in order
+    (`class_order`). pixels: how pictures are normalised, as the network says it when not given.
+    workers: threads that read files, or processes that read a data set's items; 0 reads here, None takes a DataLoader's
+    own number. The samples are the same for every number of them. seed: of an item's own random numbers.
     progress: a bar on stderr; None shows it when stderr is a terminal.
 
-    Files of sound that cannot be used (broken, NaN in them) are skipped and listed in `.report.skipped`.
+    Files that cannot be used (broken, NaN in them) are skipped and listed in `.report.skipped`.
     Raises DataError when nothing usable is left, and for anything that is none of the above.
     """
+    if workers is not None and workers < 0:
+        raise OptionError(f"workers is a whole number of at least 0; got {workers}.")
+    if isinstance(shape, nn.Module):
+        classes, pixels = classes or expected_classes(shape), pixels or pixels_of(shape)
+        shape = expected_shape(shape)
+    expected = None if shape is None else tuple(shape)
+    return _open(source, Wanted(expected, rate, pixels, tuple(classes), workers, seed, progress), labels, sources)
+
+
+def _open(source: Any, wanted: Wanted, labels: Any, sources: Any) -> Samples:
     if isinstance(source, Samples):
         return source
-    expected = tuple(shape) if shape is not None else None
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.is_dir() or (path.is_file() and path.suffix.lower() in SUFFIXES):
-            return _open_audio(path, expected, rate, progress)
-        if path.is_file():
-            values, own_labels, own_sources = _read_arrays(path)
-            labels, sources = (own_labels if labels is None else labels), (own_sources if sources is None else sources)
-            return _open_tensor(values, expected, labels, sources, str(path), path.name)
-        named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)", str(source))
-        if named is None:
-            raise DataError(
-                f"No data at {source}: there is no such file or folder; expected a folder of audio, an array file "
-                f"({', '.join(sorted(ARRAY_SUFFIXES))}) or pkg.mod:factory."
-            )
-        made = _call_factory(*named.groups())
-        if isinstance(made, str) and made == str(source):
-            raise DataError(f"{source} returned its own name; it has to return the data.")
-        return open_data(made, expected, rate=rate, labels=labels, sources=sources, progress=progress)
+        return _open_named(source, wanted, labels, sources)
+    if isinstance(labels, (str, Path)):
+        raise DataError(f"Labels from the table {labels} belong to a folder of files; give one label a sample.")
     if isinstance(source, DataLoader):
-        source = source.dataset
+        wanted = replace(wanted, workers=source.num_workers if wanted.workers is None else wanted.workers)
+        source = _dataset_of(source)
+    if isinstance(source, Mapping):
+        source, labels, sources = _from_mapping(source, labels, sources)
     if isinstance(source, numpy.ndarray):
-        source = _from_numpy(source, "the given array")
+        source = from_numpy(source, "the given array")
     if isinstance(source, Tensor):
-        return _open_tensor(source, expected, labels, sources, "a tensor", "sample")
-    if isinstance(source, Iterable) or (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        return _open_items(source, expected, labels, sources, progress)
+        return _open_tensor(source, wanted, labels, sources, "a tensor", "sample")
+    if isinstance(source, Iterable) or has_places(source):
+        return open_items(source, wanted, labels, sources)
     raise DataError(
         f"Data cannot be of type {type(source).__name__}; expected a folder, a file, pkg.mod:factory, a tensor, a "
         "torch Dataset or an iterable of tensors."
     )
 
 
-def _open_audio(path: Path, shape: tuple[int, ...] | None, rate: int | None, progress: bool | None) -> Samples:
-    if shape is None or len(shape) > 2 or not shape:
-        found = "no input shape is known" if shape is None else f"the network reads {shaped(shape)} per sample"
+def _open_named(source: str | Path, wanted: Wanted, labels: Any, sources: Any) -> Samples:
+    """The samples of a file, of a folder, or of what a factory of this name returns."""
+    path = Path(source)
+    table = Path(labels) if isinstance(labels, (str, Path)) else None
+    if table is not None and not table.is_file():
+        raise DataError(f"There is no table of labels {table}; expected a CSV file with the columns path and label.")
+    if path.is_dir() or (path.is_file() and path.suffix.lower() in FILES):
+        if labels is not None and table is None:
+            raise DataError(f"{path} is read file by file; give its labels as a CSV table (columns path and label).")
+        return open_files(path, wanted, table)
+    if path.is_file():
+        if table is not None:
+            raise DataError(f"{path} holds arrays; give its labels as an array named labels in it, not in {table}.")
+        values, own_labels, own_sources = read_arrays(path)
+        labels, sources = (own_labels if labels is None else labels), (own_sources if sources is None else sources)
+        return _open_tensor(values, wanted, labels, sources, str(path), path.name)
+    named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)", str(source))
+    if named is None:
         raise DataError(
-            f"Audio in {path} is cut into segments of the network's input, and {found}; expected (channels, samples) "
-            "or (samples,), such as --input 1x1x16000, or give arrays of the features that the network reads."
+            f"No data at {source}: there is no such file or folder; expected a folder of audio or pictures, an array "
+            f"file ({', '.join(sorted(ARRAYS))}) or pkg.mod:factory."
         )
-    if path.is_dir():
-        files, notes = audio_files(path)
-    else:
-        files, notes = [AudioFile(path, path.name, path.resolve().parent.name, path.name)], ()
-    wanted = rate or DEFAULT_RATE
-    if rate is None:
-        notes = (*notes, f"the network is taken to read {DEFAULT_RATE} Hz; give the rate if it does not")
-    into = Collector(str(path))
-    clips: list[Clip] = []
-    whole = 0
-    for file in _tracked(files, "reading sound", progress):
-        clip = read_clip(file, shape, wanted)
-        clips.append(replace(clip, pieces=None))
-        if clip.pieces is None:
-            into.skipped.append((file.name, clip.reason or ""))
-            continue
-        whole += len(clip.pieces) - clip.padded
-        for at, piece in enumerate(clip.pieces):
-            into.add(torch.from_numpy(piece), file.label, file.source, f"{file.name}[{at}]")
-    longest = max(clip.seconds for clip in clips)
-    if not whole and longest > 0:
-        raise DataError(
-            f"The audio in {path} is shorter than a segment: the longest of {len(files)} files has {longest:.2f} s and "
-            f"the network reads {shape[-1] / wanted:.2f} s; give longer files, or a network with a shorter input."
-        )
-    used = [clip for clip in clips if clip.reason is None]
-    rates = sorted({clip.rate for clip in used} - {wanted})
-    if rates:
-        notes = (*notes, f"resampled to {wanted} Hz from {', '.join(map(str, rates))} Hz")
-    return into.finish(
-        len(used),
-        notes,
-        seconds=round(sum(clip.seconds for clip in used), 3),
-        padded=sum(clip.padded for clip in used),
-        dropped=sum(clip.dropped for clip in used),
-    )
+    made = _call_factory(*named.groups())
+    if isinstance(made, str) and made == str(source):
+        raise DataError(f"{source} returned its own name; it has to return the data.")
+    return _open(made, wanted, labels, sources)
 
 
-def _open_tensor(
-    values: Tensor, shape: tuple[int, ...] | None, labels: Any, sources: Any, origin: str, name: str
-) -> Samples:
+def _open_tensor(values: Tensor, wanted: Wanted, labels: Any, sources: Any, origin: str, name: str) -> Samples:
     if not values.dim() or not len(values):
         raise DataError(f"{origin} has the shape {shaped(values.shape)}; expected samples along a first axis.")
     columns = []
@@ -144,98 +130,11 @@ def _open_tensor(
         if column is not None and len(column) != len(values):
             raise DataError(f"{origin} has {len(values)} samples and {len(column)} {title}; expected one a sample.")
         columns.append(column)
-    into = Collector(origin)
+    into = Collector(origin, wanted.classes)
     for at, value in enumerate(values):
         label, source = (None if column is None else column[at] for column in columns)
-        into.add(_fitted(value, shape, origin), label, at if source is None else source, f"{name}[{at}]")
+        into.add(fitted(value, wanted.shape, origin), label, at if source is None else source, f"{name}[{at}]")
     return into.finish(1)
-
-
-def _open_items(items: Any, shape: tuple[int, ...] | None, labels: Any, sources: Any, progress: bool | None) -> Samples:
-    origin = f"the given {type(items).__name__}"
-    into = Collector(origin)
-    extra = False
-    for at, item in enumerate(_tracked(_each(items), "reading data", progress)):
-        value, label = item, None
-        if isinstance(item, (tuple, list)) and len(item):
-            value = item[0]
-            second = item[1] if len(item) > 1 else None
-            if second is not None and numpy.ndim(second) == 0:
-                label = second
-            extra = extra or (len(item) > 1 and label is None)
-        if isinstance(value, numpy.ndarray):
-            value = _from_numpy(value, origin)
-        if not isinstance(value, Tensor):
-            raise DataError(
-                f"Item {at} of {origin} is of type {type(item).__name__}; expected a tensor, or a tuple of a tensor "
-                "and a label."
-            )
-        label = label if labels is None else labels[at]
-        into.add(_fitted(value, shape, origin), label, at if sources is None else sources[at], f"sample[{at}]")
-    return into.finish(1, ("only the first tensor of each item is used",) if extra else ())
-
-
-def _each(items: Any) -> Iterator[Any]:
-    """A map-style dataset need not raise IndexError at its end, so it is not simply iterated."""
-    if hasattr(items, "__len__") and hasattr(items, "__getitem__"):
-        return (items[at] for at in range(len(items)))
-    return iter(items)
-
-
-def _fitted(value: Tensor, shape: tuple[int, ...] | None, origin: str) -> Tensor:
-    """`value` with the channel axis of size 1 that many arrays leave out; refuses another number of axes."""
-    if shape is None or value.dim() == len(shape):
-        return value
-    if value.dim() == len(shape) - 1 and shape[0] == 1:
-        return value.unsqueeze(0)
-    raise DataError(
-        f"{origin} has samples of shape {shaped(value.shape)}, and the network reads {shaped(shape)} per sample; "
-        f"expected {len(shape)} axes."
-    )
-
-
-def _read_arrays(path: Path) -> tuple[Tensor, Any, Any]:
-    """(samples, labels, sources) of an array file; the last two may be None."""
-    suffix = path.suffix.lower()
-    if suffix not in ARRAY_SUFFIXES:
-        raise DataError(f"{path} is no data file; expected audio or one of {', '.join(sorted(ARRAY_SUFFIXES))}.")
-    try:
-        if suffix in (".npy", ".npz"):
-            with path.open("rb") as file:  # numpy leaves a file open that it cannot read
-                found = numpy.load(file, allow_pickle=False)
-                found = dict(found) if suffix == ".npz" else found
-        elif suffix == ".safetensors":
-            found = load_file(path)
-        else:
-            found = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # each format has its own errors, and a damaged file can raise nearly any
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(
-            f"{path} cannot be read as an array file ({reason[:160].rstrip('.')}); expected plain arrays."
-        ) from error
-    labels = sources = None
-    if isinstance(found, dict):
-        labels, sources = found.get("labels"), found.get("sources")
-        arrays = {name: value for name, value in found.items() if name not in ("labels", "sources")}
-        name = next((name for name in ARRAY_NAMES if name in arrays), None)
-        if name is None and len(arrays) != 1:
-            raise DataError(
-                f"{path} holds {', '.join(map(str, arrays)) or 'no array'}; expected one array, or one that is named "
-                f"{ARRAY_NAMES[0]}."
-            )
-        found = arrays[name] if name else next(iter(arrays.values()))
-    if isinstance(found, numpy.ndarray):
-        found = _from_numpy(found, str(path))
-    if not isinstance(found, Tensor):
-        raise DataError(f"{path} holds a {type(found).__name__}; expected an array with samples along its first axis.")
-    return found.float() if found.is_floating_point() else found, labels, sources
-
-
-def _from_numpy(array: numpy.ndarray, origin: str) -> Tensor:
-    if array.dtype.kind not in "fiub":
-        raise DataError(f"{origin} has values of type {array.dtype}; expected numbers.")
-    wanted = numpy.float32 if array.dtype.kind == "f" else array.dtype  # numpy's default float64 is rarely meant
-    return torch.tensor(numpy.ascontiguousarray(array, dtype=wanted))
 
 
 def _call_factory(module: str, name: str) -> Any:
@@ -255,7 +154,19 @@ def _call_factory(module: str, name: str) -> Any:
         ) from error
 
 
-def _tracked(items: Any, text: str, progress: bool | None) -> Iterator[Any]:
-    """`items`, with a bar on stderr."""
-    with show_progress(progress) as bar:
-        yield from bar.track(items, total=len(items) if hasattr(items, "__len__") else None, description=text)
+def _dataset_of(loader: DataLoader[Any]) -> Any:
+    """The data set that a loader reads, or the part of it that its sampler draws from."""
+    if isinstance(loader.sampler, SubsetRandomSampler):
+        return Subset(loader.dataset, sorted(loader.sampler.indices))
+    return loader.dataset
+
+
+def _from_mapping(named: Mapping[str, Any], labels: Any, sources: Any) -> tuple[Any, Any, Any]:
+    """(samples, labels, sources) of a dict of arrays."""
+    if not any(isinstance(value, (Tensor, numpy.ndarray)) for value in named.values()):
+        raise DataError(
+            f"The given {type(named).__name__} holds {some(list(map(str, named)))} and no arrays; give one part of it, "
+            f"such as data[{next(iter(named), 'train')!r}]."
+        )
+    values, own_labels, own_sources = named_arrays(named, f"the given {type(named).__name__}")
+    return values, own_labels if labels is None else labels, own_sources if sources is None else sources

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"\d+")
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a name that is a number, as the entries of a list have
+ANSWERS = {
+    "exit": "a constant for each output: nothing behind the cut runs for an input that takes it",
+    "head": "mean and deviation of the cut over its free axes, and one linear layer for each output",
+    "identity": "what enters at the cut leaves as it is: the modules in between do not run",
+}
 NAMED = 4  # examples in one line
 LONG = 6  # letters of a common beginning that is worth leaving out
 
@@ -47,6 +52,8 @@ def grouped(tensors: Iterable[NarrowedTensor]) -> list[Rows]:
 
 def explanation(plan: Plan) -> RenderableType:
     """Every tensor of the light path, why axes stayed, the projections, branches left out, operators without a rule."""
+    if plan.light != "narrow":
+        return Text(f"\nThe light path ({plan.light}) is {ANSWERS[plan.light]}.", overflow="fold")
     rows = grouped(plan.tensors)
     prefix = _prefix([row.name for row in rows])
     under = f" (names under {prefix})" if prefix else ""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TrainError
-from .losses import anchor_loss, comparable, compression_loss, difference, light_loss, sample_scale, switch_loss
+from .losses import anchor_loss, comparable, difference, light_loss, sample_scale, switch_loss
+from .output_losses import OutputLoss, output_losses
 from .samples import Samples, expected_shape
 from .schedule import device_of
 from .switch import DSLayer, Layout, Paths, Switch, route
@@ -68,42 +69,53 @@ class Table:
 class LightObjective(nn.Module):
     """Positions of samples -> the unweighted light loss, or (light, mask, anchor) while masks train.
 
-    A module of its own, so that Fabric wraps what is trained whichever way the paths are run.
+    how: of each layer the losses of its outputs, from output_losses; None for L1. read: of these layers, if there is
+    one that has learned how often they run.
     """
 
-    def __init__(self, net: nn.Module, layers: Sequence[DSLayer], tables: Sequence[Table] | None, samples: Samples):
+    def __init__(
+        self,
+        net: nn.Module,
+        layers: Sequence[DSLayer],
+        tables: Sequence[Table] | None,
+        samples: Samples,
+        how: Sequence[Sequence[OutputLoss]] | None = None,
+        read: Reader | None = None,
+    ):
         super().__init__()
         self.net, self.layers, self.tables, self.samples = net, layers, tables, samples
-        self.read = _Reader(net, layers)
+        self.how = how or [output_losses("l1", None, len(layer.outputs)) for layer in layers]
+        self.read = read or Reader(net, layers)
 
     def forward(self, positions: Tensor) -> Tensor:
         total: Tensor | None = None
-        for layer, (light, full, original) in zip(self.layers, self._answers(positions), strict=True):
-            losses = [light_loss(light, full, layer.scale, layer.outputs)]
+        for layer, how, answers in zip(self.layers, self.how, self._answers(positions), strict=True):
+            masked, light, full, original = answers
+            losses = [light_loss(light, full, layer.scale, layer.outputs, how)]
             if layer.mask.weight.requires_grad:
-                losses.append(compression_loss(layer.mask.weight))
-                losses.append(anchor_loss(full, original, layer.scale, layer.outputs))
+                losses.append(layer.mask.penalty(masked))
+                losses.append(anchor_loss(full, original, layer.scale, layer.outputs, how))
             stacked = torch.stack(losses)
             total = stacked if total is None else total + stacked
         if total is None:
             raise TrainError("There is no Dynamic Switch Layer to train.")
         return total
 
-    def _answers(self, positions: Tensor) -> Iterator[tuple[Any, Any, Any]]:
-        """(light, full, original) of every layer."""
+    def _answers(self, positions: Tensor) -> Iterator[tuple[Tensor, Any, Any, Any]]:
+        """(masked, light, full, original) of every layer."""
         if self.tables is None:
             self.read(self.samples.batch(positions).to(device_of(self.net)))
             for layer in self.layers:
                 paths = _ran(layer)
-                yield paths.light, paths.full, paths.original
+                yield paths.masked, paths.light, paths.full, paths.original
             return
         for layer, table in zip(self.layers, self.tables, strict=True):
             (cut, *crossing), answers = table.take(positions)
             if layer.mask.weight.requires_grad:
                 masked = layer.mask(cut)
-                yield layer.light(masked, *crossing), layer.full(masked, *crossing), answers
+                yield masked, layer.light(masked, *crossing), layer.full(masked, *crossing), answers
             else:
-                yield layer.light(cut, *crossing), answers, None
+                yield cut, layer.light(cut, *crossing), answers, None
 
 
 class SwitchObjective(nn.Module):
@@ -111,7 +123,7 @@ class SwitchObjective(nn.Module):
 
     def __init__(self, switches: Sequence[Switch], features: Sequence[Tensor], actual: Sequence[Tensor]):
         super().__init__()
-        self.held = nn.ModuleList(switches)  # for Fabric to find the parameters
+        self.held = nn.ModuleList(switches)
         self.switches, self.features, self.actual = tuple(switches), features, actual
 
     def forward(self, positions: Tensor) -> Tensor:
@@ -124,9 +136,19 @@ class SwitchObjective(nn.Module):
 
 @torch.no_grad()
 def gather(
-    net: nn.Module, layers: Sequence[DSLayer], batches: Batches, samples: Samples, room: int, masks_train: bool
+    net: nn.Module,
+    layers: Sequence[DSLayer],
+    batches: Batches,
+    samples: Samples,
+    room: int,
+    masks_train: bool,
+    read: Reader | None = None,
 ) -> tuple[list[Tensor], list[Table] | None]:
-    """One pass of the full route: the output scale of every layer and, while they fit into `room` bytes, its table."""
+    """One pass of the full route: the output scale of every layer and, while they fit into `room` bytes, its table.
+
+    With masks_train, masks on the activation are turned on at the end, by what the first batch brings.
+    """
+    first: list[Tensor] = []
     calls: list[list[tuple[Any, ...]]] = [[] for _ in layers]
     tables = [Table(layer, len(samples)) for layer in layers] if room else None
     totals = [torch.zeros(len(layer.outputs), dtype=torch.float64) for layer in layers]
@@ -134,11 +156,13 @@ def gather(
         for layer, seen in zip(layers, calls, strict=True):
             stack.callback(layer.register_forward_pre_hook(_keeper(seen)).remove)
         stack.enter_context(route(net, "full"))
-        read = _Reader(net, layers)
+        read = read or Reader(net, layers)
         for begin, batch in batches(samples, "reading the full path"):
             for seen in calls:
                 seen.clear()
             read(batch)
+            if begin == 0 and masks_train:
+                first = [seen[0][0] for seen in calls if seen]
             for at, layer in enumerate(layers):
                 paths = _ran(layer)
                 means = sample_scale(paths.full or (), layer.outputs)
@@ -159,6 +183,8 @@ def gather(
                     tables = None
                 else:
                     room = left
+    for layer, cut in zip(layers, first, strict=False):  # none where no mask trains
+        layer.mask.turn_on(cut)
     return [total / len(samples) for total in totals], tables
 
 
@@ -169,7 +195,7 @@ def judge(
     """For every layer the switch's features, (n, 2 channels), and the actual differences, (n,)."""
     features: list[list[Tensor]] = [[] for _ in layers]
     actual: list[list[Tensor]] = [[] for _ in layers]
-    read = _Reader(net, layers)
+    read = Reader(net, layers)
     for begin, batch in batches(samples, "comparing the paths"):
         read(batch)
         for at, layer in enumerate(layers):
@@ -199,7 +225,7 @@ class _Enough(BaseException):
     """Every layer has run; no Exception, so that no handler on the way up takes it for an error."""
 
 
-class _Reader:
+class Reader:
     """Runs the network as far as its layers need it: behind the last one, a codec's decoder say, nothing is computed.
 
     How often the layers run in one forward is learned from the first call, which runs to the end.

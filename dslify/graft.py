@@ -15,7 +15,8 @@ from .capture import Graph
 from .cut import Partition
 from .errors import CutError
 from .functional import empty_graph_module, hint_of, is_tensor, put_tensor, symbolic, tensor_at
-from .switch import DSLayer, Layout, Mask, Switch
+from .mask import Mask
+from .switch import DSLayer, Layout, Switch, SwitchKind
 
 
 def region_module(module: fx.GraphModule, parts: Partition) -> fx.GraphModule:
@@ -60,6 +61,15 @@ def region_inputs(module: fx.GraphModule, parts: Partition, captured: Graph) -> 
     return tuple(found[at] for at in range(len(wanted)))
 
 
+def layouts(
+    module: fx.GraphModule, parts: Partition, samples: Layout
+) -> tuple[list[Layout | None], list[Layout | None]]:
+    """Where (cut, *crossing) and the outputs of a region keep their samples; samples: as in make_layer()."""
+    batch = batch_of(module.graph, samples)
+    entering = [layout(node, batch) for node in (parts.cut, *parts.crossing)]
+    return entering, [layout(node, batch) for node in parts.outputs]
+
+
 def make_layer(
     module: fx.GraphModule,
     parts: Partition,
@@ -68,28 +78,27 @@ def make_layer(
     full: nn.Module,
     inputs: Sequence[Any],
     mask: str,
+    kind: SwitchKind,
     seed: int,
     samples: Layout,
 ) -> DSLayer:
-    """The DSLayer of a cut, in eval mode, with a fresh mask ("channel" or "element") and switch.
+    """The DSLayer of a cut, in eval mode, with a fresh mask ("channel", "element" or "activation") and switch.
 
     samples: where the graph's first input keeps its samples.
     """
-    batch = batch_of(module.graph, samples)
-    entering = [layout(node, batch) for node in (parts.cut, *parts.crossing)]
-    leaving = [layout(node, batch) for node in parts.outputs]
+    entering, leaving = layouts(module, parts, samples)
     first = entering[0] if entering[0] is not None and entering[0].axis is not None else Layout(0)
-    channel_axis = _cut_channels(axes.boundaries[0], first)
+    channel_axis = cut_channels(axes.boundaries[0], first)
     shape = [1] * len(parts.cut.meta["val"].shape)
     for at, size in enumerate(map(symbolic, parts.cut.meta["val"].shape)):
         if at == channel_axis or (mask == "element" and isinstance(size, int) and at != first.axis):
             shape[at] = size
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    switch = Switch(shape[channel_axis])
+    switch = Switch(shape[channel_axis], kind=kind)
     torch.random.set_rng_state(state)
     layer = DSLayer(
-        Mask(shape),
+        Mask(shape, "activation" if mask == "activation" else "weight"),
         switch,
         light,
         full,
@@ -135,7 +144,7 @@ def _separable(full: nn.Module, entering: Sequence[Any], leaving: Sequence[Any],
     return True
 
 
-def _cut_channels(boundary: Boundary, first: Layout) -> int:
+def cut_channels(boundary: Boundary, first: Layout) -> int:
     """The cut's channel axis: the one parameters act on, else the second (images, sound) or the last (sequences)."""
     if boundary.channel_axis is not None and boundary.channel_axis != first.axis:
         return boundary.channel_axis

@@ -2,75 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from .axes import node_macs
+from .answers import answering
+from .axes import analyse, node_macs
 from .capture import Graph, capture, evaluating, scope_inputs
-from .cut import find_cut, partition
-from .derive import derive
+from .cut import Partition, find_cut, partition
+from .derive import Derived, derive
 from .errors import OptionError, VerifyError
 from .example_inputs import example_for
 from .functional import copied, parameters_read, size_words
 from .garbage import seldom_collected
-from .graft import assemble, make_layer, region_inputs, region_module, samples_of
-from .macs import parameter_count
+from .graft import assemble, cut_channels, layouts, make_layer, region_inputs, region_module, samples_of
+from .images import pixels_of
+from .macs import count, parameter_count
 from .nest import flatten, host_of, plain
 from .plan import Plan, narrowed, projections
+from .request import Request
 from .survey import Survey
 from .switch import Layout, dsl_layers, route
+from .verify import check_light
 from .widths import decide
 
-MASKS = ("channel", "element")
 EXACT = 1e-6  # relative: full route against the given network
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of insert() but for the network and its inputs; paths without the scope. Raises OptionError."""
-
-    at: str
-    width: float = 0.1
-    scope: str | None = None
-    to: str | None = None
-    mask: str = "channel"
-    projection: bool = True
-    cost: float | None = None
-    depth: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.width <= 1:
-            raise OptionError(
-                f"width is the share of channels that the light path keeps, above 0 and at most 1; got {self.width}."
-            )
-        if self.cost is not None and not 0 < self.cost < 1:
-            raise OptionError(
-                f"cost is the light path's share of the MACs behind the cut, between 0 and 1; got {self.cost}."
-            )
-        if not 0 < self.depth <= 1:
-            raise OptionError(
-                f"depth is the share of residual branches that the light path keeps, above 0 and at most 1; got "
-                f"{self.depth}."
-            )
-        if self.at == "auto" and self.to:
-            raise OptionError("at=auto chooses a cut for everything behind it, so it excludes `to`; give one of them.")
-        if self.mask not in MASKS:
-            raise OptionError(f"mask is one of {', '.join(MASKS)}; got {self.mask!r}.")
-        if self.scope:
-            for name in ("at", "to"):
-                path = getattr(self, name)
-                object.__setattr__(self, name, path and path.removeprefix(f"{self.scope}."))
 
 
 def insert(
     model: nn.Module,
     at: str,
-    width: float = 0.1,
+    width: float | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
     scope: str | None = None,
@@ -80,6 +45,8 @@ def insert(
     cost: float | None = None,
     depth: float = 1.0,
     seed: int = 0,
+    light: str | None = None,
+    mode: str = "dsl",
 ) -> nn.Module:
     """Cut `model` behind `at` and put a Dynamic Switch Layer there.
 
@@ -88,16 +55,21 @@ def insert(
     instead of a width, the share of the region's MACs that the light path may have, in (0, 1). example_inputs,
     example_kwargs: inputs of one forward (tensors of shape (batch, ...)); found out when not given
     (dslify.example_for). scope: submodule whose forward is captured; the rest of the model need not be capturable. to:
-    last module of the region (default: everything behind the cut). mask: "channel" or "element". projection: let a
-    learned 1x1 projection narrow the trunk where that saves MACs. depth: share of the residual branches (by MACs) that
-    the light path keeps, in (0, 1]. seed: of the switch's first weights. A network that holds a layer already gets
-    another one: inside the full path of the first, before it or after it.
+    last module of the region (default: everything behind the cut). mask: factors for each "channel" or "element", or
+    thresholds on the "activation" of each channel (dslify.mask). projection: let a learned 1x1 projection narrow the
+    trunk where that saves MACs. depth: share of the residual branches (by MACs) that the light path keeps, in (0, 1].
+    seed: of the switch's first weights. light: what takes the region's place for easy inputs: a "narrow" copy (width,
+    cost, depth and projection are about it alone), a constant ("exit"), pooled features and a linear layer ("head"), or
+    nothing ("identity", with `to`). mode: "dsl", whose switch predicts the difference between the paths, or "gc", whose
+    switch is a gate that learns labels (Gated Compression, arXiv 2303.08970). light is "narrow" for "dsl" and "exit"
+    for "gc" unless given. A network that holds a layer already gets another one: inside the full path of the first,
+    before it or after it.
 
     Returns a new module in eval mode: the captured graph with a DSLayer as one node, or with `scope` a copy of the
     model that holds it. Its full route is the given network. Untrained, it takes the full path always (threshold 0).
     Raises CaptureError, CutError, OptionError, VerifyError.
     """
-    request = Request(at, width, scope, to, mask, projection, cost, depth, seed)
+    request = Request(at, width, scope, to, mask, projection, cost, depth, seed, light, mode)
     if example_inputs is None:
         example_inputs, example_kwargs, _ = example_for(model)
     inner, args, kwargs = scope_inputs(model, scope, example_inputs, example_kwargs)
@@ -106,6 +78,8 @@ def insert(
         if dsl_layers(inner)
         else insert_into(capture(inner, args, kwargs), request)
     )
+    if known := pixels_of(model):
+        net.meta["dslify"] = {**net.meta["dslify"], "pixels": known.to_json()}
     if scope is None:
         return net
     with evaluating(model):
@@ -142,19 +116,29 @@ def insert_into(captured: Graph, request: Request, first: Layout | None = None) 
     why = ""
     if request.at == "auto":
         prefix = f"{request.scope}." if request.scope else ""
-        point, why = Survey(captured, request.width, request.projection, prefix).auto()
+        point, why = Survey(captured, request.kept, request.projection, prefix).auto()
         request = replace(request, at=point.path.removeprefix(prefix))
     cut = find_cut(module.graph, request.at, module)
     parts = partition(module.graph, cut, find_cut(module.graph, request.to) if request.to else None)
     full = region_module(module, parts)
     inputs = region_inputs(module, parts, captured)
     region = plain(full)
-    derived = derive(
-        region, inputs, request.width, request.cost, request.depth, request.projection, request.seed, samples
+    derived = (
+        derive(region, inputs, request.kept, request.cost, request.depth, request.projection, request.seed, samples)
+        if request.answer == "narrow"
+        else _answered(module, parts, region, inputs, request, samples, first)
     )
     axes, kept, projected = derived.axes, derived.kept, derived.projected
-    layer = make_layer(module, parts, axes, derived.light, full, inputs, request.mask, request.seed, first)
+    layer = make_layer(
+        module, parts, axes, derived.light, full, inputs, request.mask, request.kind, request.seed, first
+    )
     untouched = region is axes.region and not derived.distrusted
+    narrow = request.answer == "narrow"
+    if narrow:
+        light_macs = axes.macs(kept, projected)
+        plain_macs = axes.macs(*decide(axes, derived.width, projection=False))
+    else:
+        light_macs = plain_macs = count(derived.light, *inputs)[0] // len(layer.pooled(inputs[0]))
     layer.plan = Plan(
         at=request.at,
         scope=request.scope,
@@ -170,16 +154,17 @@ def insert_into(captured: Graph, request: Request, first: Layout | None = None) 
         macs={
             "base": sum(node_macs(module, samples, parts.base).values()),
             "full": axes.macs() if untouched else sum(node_macs(region, samples).values()),
-            "light": axes.macs(kept, projected),
-            "unprojected": axes.macs(*decide(axes, derived.width, projection=False)),
+            "light": light_macs,
+            "unprojected": plain_macs,
         },
         projections=projections(axes, kept, projected),
-        tensors=narrowed(axes, kept, projected),
-        ledger=axes.ledger,
+        tensors=narrowed(axes, kept, projected) if narrow else (),
+        ledger=axes.ledger if narrow else {},
         depth=request.depth,
         dropped=derived.dropped,
         distrusted=derived.distrusted,
         why=why,
+        light=request.answer,
         seed=request.seed,
     )
     net = assemble(module, parts, layer)
@@ -193,6 +178,25 @@ def insert_into(captured: Graph, request: Request, first: Layout | None = None) 
     }
     _check_full_route(net, captured)
     return net
+
+
+def _answered(
+    module: fx.GraphModule,
+    parts: Partition,
+    region: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    request: Request,
+    samples: int,
+    first: Layout,
+) -> Derived:
+    """As derive(), with a light path that is no narrow copy; a gate's constants are set from data and not learned."""
+    axes = analyse(region, samples=samples)
+    entering, leaving = layouts(module, parts, first)
+    channel_axis = cut_channels(axes.boundaries[0], entering[0] or Layout(0))
+    learned = request.mode != "gc"
+    light = answering(request.answer, region, inputs, entering, leaving, channel_axis, learned)
+    check_light(light, region, inputs)
+    return Derived(region, axes, 0.0, {}, frozenset(), light, (), {})
 
 
 def remove(net: nn.Module) -> nn.Module:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,25 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from .capture import evaluating
-from .errors import DataError, OptionError, VerifyError
-from .losses import comparable, difference, sample_scale
+from .cascade import Way, parents, ways
+from .errors import DataError, OptionError
+from .probe import MIXED, Columns, Judge, Probe, scales
 from .samples import Samples, show_progress
-from .switch import DSLayer, Paths, Route, required_layers, route
+from .switch import DSLayer, required_layers
 
-Metric = Callable[[Any, Any], Any]
+Metric = Callable[[Any, Any], Any]  # (network output, model input) of a batch -> one number per sample
 
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """What one pass over the data showed; arrays with one entry per sample, in the data's order.
+    """What one pass over the data showed of one layer; arrays with one entry per sample, in the data's order.
 
     score: the switch's prediction. difference: the relative difference of light and full, which it predicts.
     loudness: dB of the sample's root mean square, 0 dB at 1.0.
     labels, sources: what kind of sample it is, and which recording it was cut from.
-    taken, mixed: of a really routed run: which samples went light, and their difference from the full output; empty
-    without one.
+    taken, mixed: of a really routed run: which samples went light, and their difference from the full output, where the
+    last layer ends; empty without one.
     scale: mean absolute full output, (outputs,), that the differences are relative to. metric: the user's, per sample,
     for "full", "light" and "mixed".
+    reached: of a routed run: which samples came to the layer; a layer inside a full path is not reached by all.
     """
 
     score: np.ndarray
@@ -42,9 +44,25 @@ class Observations:
     taken: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     mixed: np.ndarray = field(default_factory=lambda: np.zeros(0))
     metric: dict[str, np.ndarray] = field(default_factory=dict)
+    reached: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     def __len__(self) -> int:
         return len(self.score)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What comes of every way through the layers, and of really routing; n samples.
+
+    parents: see cascade. difference: from the full output where the last layer ends, (n, ways), ways as cascade orders
+    them. judged: by name of the judgement, (n, ways). mixed, judged_mixed: the same of the routed run, (n,).
+    """
+
+    parents: tuple[int | None, ...]
+    difference: np.ndarray
+    judged: dict[str, np.ndarray]
+    mixed: np.ndarray
+    judged_mixed: dict[str, np.ndarray]
 
 
 def collect(
@@ -63,107 +81,103 @@ def collect(
     progress: a bar on stderr; None shows one where stderr is a terminal.
     Raises OptionError without exactly one DSLayer, DataError for unusable samples, scores or differences.
     """
-    layer = only_layer(net)
-    if not layer.routable:  # its samples can only be routed one by one
+    only_layer(net)
+    if not routed and metric is None:
+        return collect_all(net, samples, batch_size=batch_size, progress=progress)[0]
+    judges: dict[str, Judge] = {} if metric is None else {"metric": lambda output, inputs, _: metric(output, inputs)}
+    return collect_routed(net, samples, judges, batch_size=batch_size, progress=progress)[0][0]
+
+
+def collect_all(
+    net: nn.Module, samples: Samples, *, batch_size: int = 32, progress: bool | None = None
+) -> tuple[Observations, ...]:
+    """As `collect`, for every DSLayer of a network, outermost first: every sample takes every path of every layer.
+
+    A layer inside a full path sees what the full path gives it, and a layer behind another one what comes of the
+    other's full path; each difference is taken where its own layer ends.
+    Raises OptionError without a DSLayer, DataError for unusable samples, scores or differences.
+    """
+    return _observed(*_looked(net, samples, {}, (), batch_size, progress), samples)
+
+
+def collect_routed(
+    net: nn.Module,
+    samples: Samples,
+    judges: dict[str, Judge],
+    *,
+    batch_size: int = 32,
+    progress: bool | None = None,
+) -> tuple[tuple[Observations, ...], Outcomes]:
+    """As `collect_all`, and every batch once more really routed, and once on every way through the layers.
+
+    judges: by name. One named "metric" is noted with a single layer's observations too.
+    Raises OptionError for more ways than cascade.MOST_WAYS, and for a judgement of another shape.
+    """
+    above = parents(required_layers(net))
+    tried = ways(above)
+    table, known = _looked(net, samples, judges, tried, batch_size, progress)
+    seen = _observed(table, known, samples)
+
+    def by_way(name: str) -> np.ndarray:
+        return np.stack([table[name, number] for number in range(len(tried))], axis=1)
+
+    judged = {name: by_way(name) for name in judges}
+    after = {name: table[name, MIXED] for name in judges}
+    if len(seen) == 1 and "metric" in judges:
+        ours = judged["metric"]
+        seen = (replace(seen[0], metric={"full": ours[:, 0], "light": ours[:, -1], "mixed": after["metric"]}),)
+    return seen, Outcomes(above, by_way("way"), judged, table["mixed", MIXED], after)
+
+
+def _looked(
+    net: nn.Module,
+    samples: Samples,
+    judges: dict[str, Judge],
+    tried: Sequence[Way],
+    batch_size: int,
+    progress: bool | None,
+) -> tuple[Columns, list[Tensor]]:
+    """One pass over the data: its columns, and the scale of every layer."""
+    layers = required_layers(net)
+    if not all(layer.routable for layer in layers):  # samples can only be routed one by one
         batch_size = 1
-    device = layer.threshold.device
+    device = layers[0].threshold.device
     batches = [range(at, min(at + batch_size, len(samples))) for at in range(0, len(samples), batch_size)]
-    columns: list[dict[str, np.ndarray]] = []
+    columns: list[Columns] = []
     with evaluating(net), torch.no_grad(), show_progress(progress) as bars:
         bar = bars.add_task("measuring both paths", total=len(samples))
-        scale = _scale(net, layer, (samples.batch(batch).to(device) for batch in batches))
+        known = scales(net, layers, (samples.batch(batch).to(device) for batch in batches))
+        probe = Probe(net, layers, known, judges, tried)
         for batch in batches:
-            columns.append(_look(net, layer, scale, samples.batch(batch).to(device), routed, metric))
+            columns.append(probe.columns(samples.batch(batch).to(device), batch))
             bars.advance(bar, len(batch))
-    table = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    for name in ("score", "difference"):
-        bad = np.count_nonzero(~np.isfinite(table[name]))
+    return {key: np.concatenate([column[key] for column in columns]) for key in columns[0]}, known
+
+
+def _observed(table: Columns, known: list[Tensor], samples: Samples) -> tuple[Observations, ...]:
+    """The columns by layer. Raises DataError for scores and differences that are not numbers."""
+    for (name, _), column in table.items():
+        bad = np.count_nonzero(~np.isfinite(column)) if name in ("score", "difference") else 0
         if bad:
             raise DataError(
                 f"The {name} of {bad} of {len(samples)} samples is not a finite number; "
                 "look for NaN in the data and in the network's weights."
             )
-    return Observations(
-        table["score"],
-        table["difference"],
-        samples.rms_db.double().numpy(),
-        samples.labels,
-        samples.sources,
-        scale,
-        taken=table.get("taken", np.zeros(0)).astype(bool),
-        mixed=table.get("mixed", np.zeros(0)),
-        metric={name.removeprefix("metric "): column for name, column in table.items() if name.startswith("metric ")},
+    loudness, nothing = samples.rms_db.double().numpy(), np.zeros(0)
+    return tuple(
+        Observations(
+            table["score", at],
+            table["difference", at],
+            loudness,
+            samples.labels,
+            samples.sources,
+            scale,
+            taken=table.get(("taken", at), nothing).astype(bool),
+            mixed=table.get(("mixed", MIXED), nothing),
+            reached=table.get(("reached", at), nothing).astype(bool),
+        )
+        for at, scale in enumerate(known)
     )
-
-
-def _scale(net: nn.Module, layer: DSLayer, batches: Iterator[Tensor]) -> Tensor:
-    """The layer's stored scale, or where an output of it was never measured, the one of this data; (outputs,)."""
-    rows: list[Tensor] = []
-    for inputs in batches:
-        _, full = _run(net, layer, "full", inputs)
-        known = zip(full, layer.outputs, layer.scale, strict=True)
-        if not any(scale == 0 and comparable(value, layout) for value, layout, scale in known):
-            return layer.scale.clone()
-        rows.append(sample_scale(full, layer.outputs))
-    return torch.cat(rows).mean(0).to(layer.scale)
-
-
-def _look(
-    net: nn.Module, layer: DSLayer, scale: Tensor, inputs: Tensor, routed: bool, metric: Metric | None
-) -> dict[str, np.ndarray]:
-    """The columns of one batch."""
-    size = len(inputs)
-    columns: dict[str, np.ndarray] = {}
-
-    def apart(region: tuple[Any, ...], full: tuple[Any, ...]) -> np.ndarray:
-        return _column(difference(region, full, scale, layer.outputs), size, "The Dynamic Switch Layer")
-
-    def judge(name: str, output: Any) -> None:
-        if metric is not None:
-            columns[f"metric {name}"] = _column(metric(output, inputs), size, "The metric")
-
-    output, full = _run(net, layer, "both", inputs)
-    paths = _paths(layer)
-    columns["score"] = _column(paths.score, size, "The Dynamic Switch Layer")
-    columns["difference"] = apart(paths.light or (), full)
-    judge("full", output)
-    if routed or metric is not None:
-        output, region = _run(net, layer, "mixed", inputs)
-        columns["taken"] = _column(_paths(layer).light_taken, size, "The Dynamic Switch Layer")
-        columns["mixed"] = apart(region, full)
-        judge("mixed", output)
-    if metric is not None:
-        judge("light", _run(net, layer, "light", inputs)[0])
-    return columns
-
-
-def _run(net: nn.Module, layer: DSLayer, mode: Route, inputs: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    """The network's output on one route, and what left the DSLayer.
-
-    Raises VerifyError where the forward does not reach the layer.
-    """
-    left: list[tuple[Any, ...]] = []
-
-    def keep(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-        values = output if isinstance(output, tuple) else (output,)
-        # What follows the layer may work in place on what left it.
-        left.append(tuple(value.clone() if isinstance(value, Tensor) else value for value in values))
-
-    handle = layer.register_forward_hook(keep)
-    try:
-        with route(net, mode):
-            output = net(inputs)
-    finally:
-        handle.remove()
-    if not left:
-        raise VerifyError("The network ran without reaching its Dynamic Switch Layer, so nothing can be measured.")
-    return output, left[-1]
-
-
-def _paths(layer: DSLayer) -> Paths:
-    if layer.paths is None:
-        raise VerifyError("The Dynamic Switch Layer kept nothing of its last forward, so nothing can be measured.")
-    return layer.paths
 
 
 def only_layer(net: nn.Module) -> DSLayer:
@@ -185,13 +199,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _column(value: Any, size: int, what: str) -> np.ndarray:
-    """One number per sample as float64, (size,)."""
-    array = torch.as_tensor(value).detach().double().cpu().numpy()
-    if array.shape != (size,):
-        raise OptionError(
-            f"{what} must give one number per sample, shape ({size},) for {size} samples; got shape {array.shape}."
-        )
-    return array

@@ -17,7 +17,9 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="model.pt, model.pt2, timm:resnet18, torchvision:..., pkg.mod:factory")
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE.dsl", help="what dslify insert wrote")]
-Data = Annotated[str, typer.Option("--data", metavar="FOLDER", help="folder of audio, array file, or pkg.mod:factory")]
+Data = Annotated[
+    str, typer.Option("--data", metavar="FOLDER", help="of audio or pictures; or an array file, or pkg.mod:factory")
+]
 Input = Annotated[
     str | None,
     typer.Option("--input", metavar="SHAPE", help="example inputs: 1x1x16000, or 1x3x224x224,1x10:int64, or name=1x10"),
@@ -35,6 +37,14 @@ Rate = Annotated[str | None, typer.Option("--rate", metavar="HZ", help="sampling
 Segment = Annotated[
     str | None, typer.Option("--segment", metavar="SECONDS", help="cut sound into pieces of this length (as inserted)")
 ]
+Labels = Annotated[
+    Path | None,
+    typer.Option("--labels", metavar="FILE.csv", help="which files have which label: columns path, label, and source"),
+]
+Workers = Annotated[
+    str,
+    typer.Option("--workers", metavar="N", help="that read the data beside this process; same samples for any number"),
+]
 BatchSize = Annotated[str, typer.Option("--batch-size", metavar="N", help="samples at once")]
 Seed = Annotated[str, typer.Option("--seed", metavar="N", help="of everything random")]
 Write = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.dsl", help="write here, not to FILE.dsl")]
@@ -50,7 +60,14 @@ CostShare = Annotated[
     str | None, typer.Option("--cost", metavar="SHARE", help="of the MACs behind the cut, instead of a width")
 ]
 To = Annotated[str | None, typer.Option("--to", metavar="MODULE", help="last module of the light path")]
-MaskKind = Annotated[str, typer.Option("--mask", metavar="KIND", help="channel or element")]
+Light = Annotated[
+    str | None,
+    typer.Option("--light", metavar="KIND", help="narrow copy, exit (a constant), head (pooled features) or identity"),
+]
+Mode = Annotated[str, typer.Option("--mode", metavar="WORD", help="dsl, or gc: a gate that learns labels")]
+MaskKind = Annotated[
+    str, typer.Option("--mask", metavar="KIND", help="channel, element, or activation (thresholds instead of factors)")
+]
 Projection = Annotated[bool, typer.Option(help="narrow the trunk too, with learned 1x1 projections")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite the file if it is there")]
 Explain = Annotated[bool, typer.Option("--explain", help="show what became of every tensor, and why")]
@@ -71,6 +88,23 @@ SwitchSteps = Annotated[str, typer.Option("--switch-steps", metavar="N", help="o
 LearningRate = Annotated[str, typer.Option("--lr", metavar="RATE", help="peak learning rate")]
 Alpha = Annotated[str, typer.Option("--alpha", metavar="WEIGHT", help="of switch and light loss")]
 Beta = Annotated[str, typer.Option("--beta", metavar="WEIGHT", help="of the mask's L1; 0 leaves the mask")]
+Anchor = Annotated[str, typer.Option("--anchor", metavar="WEIGHT", help="of what holds a mask to the unmasked answer")]
+Positive = Annotated[
+    str | None, typer.Option("--positive", metavar="LABELS", help="for gates: 1-9, or yes,no, or !background")
+]
+Loss = Annotated[str, typer.Option("--loss", metavar="KIND", help="l1, mse, cosine or kl; or one per output: kl,l1")]
+Weights = Annotated[
+    str | None, typer.Option("--weights", metavar="W,W", help="of the outputs in the light loss (1 each)")
+]
+Precision = Annotated[str, typer.Option("--precision", metavar="WORD", help="32-true, bf16-mixed or 16-mixed")]
+Accumulate = Annotated[
+    str, typer.Option("--accumulate", metavar="N", help="batches that make one step, run one after another")
+]
+Patience = Annotated[
+    str | None,
+    typer.Option("--patience", metavar="N", help="stop a phase after N checkpoints without gain on held-out sources"),
+]
+CheckpointEvery = Annotated[str, typer.Option("--checkpoint-every", metavar="N", help="steps between checkpoints")]
 Fit = Annotated[bool, typer.Option(help="start the light path from a least-squares fit")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", metavar="FOLDER", help="for checkpoints and logs (FILE.run)")]
@@ -84,7 +118,29 @@ LightShare = Annotated[
 MaxDifference = Annotated[
     str | None, typer.Option("--max-difference", metavar="D", help="bound on the mean relative difference")
 ]
+MaxMetric = Annotated[
+    str | None, typer.Option("--max-metric", metavar="D", help="bound on how much the metric may rise on average")
+]
+Guarantee = Annotated[
+    str | None,
+    typer.Option("--guarantee", metavar="WORD", help="mean (of all, on average) or routed (of what goes light)"),
+]
+Confidence = Annotated[
+    str | None, typer.Option("--confidence", metavar="P", help="that the bound holds for what goes light (0.95)")
+]
+Bound = Annotated[str | None, typer.Option("--bound", metavar="D", help="guarantees count more as this much (1)")]
+Curve = Annotated[
+    Path | None, typer.Option("--curve", metavar="FILE.csv", help="write what every threshold would do: .csv or .json")
+]
+SeenRun = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="FOLDER", help="of the run that trained it (those beside the file)")
+]
 By = Annotated[str, typer.Option("--by", metavar="WORD", help="rows: label, source or all")]
+Metric = Annotated[
+    str | None,
+    typer.Option("--metric", metavar="PKG.MOD:FUNCTION", help="(output, input) of a batch -> one number per sample"),
+]
+Accuracy = Annotated[bool, typer.Option("--accuracy", help="of a classifier whose classes are the labels")]
 NewFile = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE.dsl", help="write here, not beside the model")
 ]
@@ -128,6 +184,17 @@ def share(name: str, text: str) -> float:
     return number(name, text, "above 0 and at most 1", above=0, most=1)
 
 
+def words(text: str) -> str | tuple[str, ...]:
+    """One word, or several with commas between them."""
+    found = tuple(word.strip() for word in text.split(","))
+    return found[0] if len(found) == 1 else found
+
+
+def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers of 0 or above with commas between them. Raises OptionError."""
+    return None if text is None else tuple(number(name, part, "0 or above", least=0) for part in text.split(","))
+
+
 def hertz(rate: str | None) -> int | None:
     return None if rate is None else whole("rate", rate, least=1)
 
@@ -164,3 +231,11 @@ def run_folder(file: Path, resume: bool) -> Path:
     while names[-1].exists():
         names.append(file.with_suffix(f".run{len(names) + 1}"))
     return names[max(0, len(names) - 2)] if resume else names[-1]
+
+
+def runs_beside(file: Path) -> tuple[Path, ...]:
+    """The run folders of a file that tell what they trained on: FILE.run, FILE.run2 ..."""
+    found = [file.with_suffix(".run")]
+    while found[-1].exists():
+        found.append(file.with_suffix(f".run{len(found) + 1}"))
+    return tuple(folder for folder in found[:-1] if (folder / "data.json").is_file())

@@ -40,7 +40,8 @@ class Plan:
     ledger: operators without a rule, whose axes stayed at full width; distrusted: nodes whose rule did not hold here,
     and why, which are in the ledger too. depth: share of the residual branches' MACs that the light path keeps;
     dropped: branches it does without. why: reasons of at=auto. macs also holds "unprojected": what the light path would
-    cost without projections.
+    cost without projections. light: "narrow", or the kind of a light path that is no copy (dslify.answers): its width
+    is 0, and it has no projections and no tensors of the region.
     """
 
     at: str

@@ -15,6 +15,7 @@ from .graft import samples_of
 from .inherit import adjusted
 from .light import build
 from .nest import plain, remember_values
+from .notes import recorded_inputs
 from .switch import DSLayer
 from .widths import decide
 
@@ -29,13 +30,17 @@ def refit(net: nn.Module, layer: DSLayer, batches: Sequence[tuple[Any, ...]]) ->
     been trained would lose that. Returns whether it was.
     """
     full, light, plan = layer.full, layer.light, layer.plan
-    if plan is None or not isinstance(full, fx.GraphModule) or not isinstance(light, fx.GraphModule):
+    if (
+        plan is None
+        or plan.light != "narrow"
+        or not isinstance(full, fx.GraphModule)
+        or not isinstance(light, fx.GraphModule)
+    ):
         return False
     host = next(m for m in net.modules() if isinstance(m, fx.GraphModule) and layer in m.modules())
     if "dslify" not in host.meta:
         return False
-    example = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in host.meta["dslify"]["example"]]
-    args, kwargs = pytree.tree_unflatten(example, host.graph._codegen.pytree_info.in_spec)  # type: ignore[attr-defined]
+    args, kwargs = pytree.tree_unflatten(recorded_inputs(host), host.graph._codegen.pytree_info.in_spec)  # type: ignore[attr-defined]
     remember_values(host, args, kwargs)
     flat = plain(full)
     region, _ = shallower(flat, plan.depth)

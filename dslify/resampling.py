@@ -14,22 +14,34 @@ CELLS = 1_000_000  # replicates times samples held at once
 Interval = tuple[float, float] | None
 
 
-def quietest(values: np.ndarray, count: int) -> np.ndarray:
-    """Weights 0 to 1 of sum `count` on the smallest values; equal values at the border share what is left evenly."""
-    if count == 0:
-        return np.zeros(len(values))
-    border = np.sort(values)[count - 1]
-    sure, tied = values < border, values == border
-    return sure + tied * (count - sure.sum()) / tied.sum()
+def quietest(values: np.ndarray, count: float, capacity: np.ndarray | None = None) -> np.ndarray:
+    """Weights 0 to 1 that give `count` to the smallest values; equal values at the border share what is left evenly.
 
-
-def random_spread(difference: np.ndarray, count: int) -> float:
-    """Standard deviation of the mean difference when `count` of the samples go light, over all ways to choose them.
-
-    Drawing without replacement: var(sum) = k (1 - k / n) S^2, S^2 the variance with n - 1.
+    capacity: how much each entry can hold, 1 where not given; then the sum of weights times capacity is `count`.
     """
-    n = len(difference)
-    return math.sqrt(count * (1 - count / n) * difference.var(ddof=1)) / n if n > 1 else 0.0
+    capacity = np.ones(len(values)) if capacity is None else capacity
+    if count <= 0:
+        return np.zeros(len(values))
+    order = np.argsort(values, kind="stable")
+    before = int(np.count_nonzero(capacity[order].cumsum() < count - ROUNDING))  # sums of parts are not exact
+    border = values[order[min(before, len(values) - 1)]]
+    sure, tied = values < border, values == border
+    return sure + tied * np.clip((count - capacity[sure].sum()) / capacity[tied].sum(), 0, 1)
+
+
+def random_spread(outcomes: np.ndarray, counts: np.ndarray) -> float:
+    """Standard deviation of the mean outcome over all ways to deal `counts` samples to each of several choices.
+
+    outcomes: of every sample with every choice, (n, choices). counts: (choices,), of sum n. Dealing is drawing without
+    replacement:  var(sum) = sum_nc counts_c e_nc^2 / (n - 1),  e the outcomes without the means of their row and of
+    their column (W. Hoeffding, A combinatorial central limit theorem, 1951, with equal columns put together).
+    """
+    n = len(outcomes)
+    if n < 2:
+        return 0.0
+    rows, columns = outcomes @ counts / n, outcomes.mean(0)
+    rest = outcomes - rows[:, None] - columns + columns @ counts / n
+    return math.sqrt((rest**2 @ counts).sum() / (n - 1)) / n
 
 
 def correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:

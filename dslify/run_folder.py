@@ -5,7 +5,8 @@
     RUN/data.json          one hash a sample that training has seen, so that calibration can tell
     RUN/history.jsonl      one line a step
     RUN/tensorboard/       the same curves for TensorBoard
-    RUN/checkpoints/       step-000100.pt ...: the last KEPT, and final.pt of a finished run
+    RUN/checkpoints/       step-000100.pt ...: the last KEPT; with early stopping best.pt, the best of the phase on the
+                           samples held out for that; and final.pt of a finished run
 
 Every file is written beside its final name and renamed, so a run that dies at any moment leaves whole files.
 """
@@ -32,8 +33,8 @@ from .errors import TrainError
 from .files import written_whole
 
 KEPT = 3
-FINAL = "final.pt"
-VERSION = 1
+FINAL, BEST = "final.pt", "best.pt"
+VERSION = 2
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -159,14 +160,19 @@ class RunFolder:
                 f"The run folder {self.path} cannot be written ({error.strerror}); resume elsewhere."
             ) from error
         self._lines.clear()
-        name = FINAL if final else f"step-{step:06d}.pt"
-        write_whole(
-            self.checkpoints / name, lambda where: torch.save({"version": VERSION, "step": step, **state}, where)
-        )
+        self._checkpoint(FINAL if final else f"step-{step:06d}.pt", step, state)
         for old in self._numbered()[:-KEPT]:
             old.unlink(missing_ok=True)
         if self._board is not None:
             self._board.flush()
+
+    def save_best(self, step: int, state: dict[str, Any]) -> None:
+        """A checkpoint of `step` as the best so far; nothing resumes from it."""
+        self._checkpoint(BEST, step, state)
+
+    def _checkpoint(self, name: str, step: int, state: dict[str, Any]) -> None:
+        content = {"version": VERSION, "step": step, **state}
+        write_whole(self.checkpoints / name, lambda where: torch.save(content, where))
 
     @property
     def finished(self) -> bool:

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import OptionError
+from .output_losses import Kinds
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 ENDS = 10  # losses at the ends of a curve are means over this many steps
 
 
@@ -25,13 +27,22 @@ class Options:
     seed: int
     fit: bool
     cache_bytes: int
+    loss: Kinds = "l1"
+    weights: tuple[float, ...] | None = None
+    precision: str = "32-true"
+    accumulate: int = 1
+    patience: int | None = None
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise OptionError(f"precision is one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
+        for name in ("batch_size", "accumulate", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is at least 1; got {value}.")
         for name in ("steps", "switch_steps", "cache_bytes"):
             if getattr(self, name) < 0:
                 raise OptionError(f"{name} is 0 or more; got {getattr(self, name)}.")
-        if self.batch_size < 1:
-            raise OptionError(f"batch_size is at least 1; got {self.batch_size}.")
         for name in ("lr", "alpha", "beta", "anchor"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (name in ("lr", "alpha") and value == 0):
@@ -72,9 +83,10 @@ class History:
 
     phases: "light" and "switch", those that ran. scale: per layer and output, mean absolute full output. unseen: mean
     relative difference between light and full on the switch's data, which the light path was not fitted to; None
-    without a switch phase. cached: the fast path was used. fitted: a light path started from a least-squares fit. data:
-    samples, sources and a digest for "light" and "switch". fingerprints: a hash of every sample seen (not part of the
-    JSON; data.json in the run folder).
+    without a switch phase. cached: the fast path was used. fitted: a light path started from a least-squares fit.
+    kept: with early stopping, the step of each phase whose weights were kept, out of all that ran. data: samples,
+    sources and a digest for "light" and "switch". fingerprints: a hash of every sample seen (not part of the JSON;
+    data.json in the run folder).
     """
 
     phases: tuple[Phase, ...]
@@ -85,6 +97,7 @@ class History:
     options: dict[str, Any]
     data: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
+    kept: dict[str, int] = field(default_factory=dict)
     resumed_at: int | None = None
     run_dir: str | None = None
     fingerprints: frozenset[str] = field(default=frozenset(), repr=False)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -16,10 +16,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .errors import DataError
+from .errors import DataError, some
+from .notes import noted
 
 MEMORY = 2 << 30  # bytes of samples held in memory; beyond it they go to a temporary file
 QUIETEST_DB = -120.0
+MOST_CLASSES = 1 << 20  # a larger whole number is a name (an identifier, a year ...) and no class index
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Samples(Dataset[Tensor]):
     `samples[i]` is one input of the network without its batch axis; `samples.batch([3, 1])` is a fresh batch.
     labels, sources, names: one string a sample. Samples of one source (a file, a speaker) stay together in a split.
     rms_db: (n,), level of each sample in dB re 1, at least QUIETEST_DB: the loudness baseline of the switch.
+    classes: the labels in the order of a classifier's outputs (see `class_order`); subsets keep it whole.
     """
 
     values: Tensor = field(repr=False)  # (all, *shape)
@@ -59,6 +62,7 @@ class Samples(Dataset[Tensor]):
     names: tuple[str, ...] = field(repr=False)
     rms_db: Tensor = field(repr=False)
     report: DataReport
+    classes: tuple[str, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -82,7 +86,24 @@ class Samples(Dataset[Tensor]):
             tuple(column[at] for at in chosen) for column in (self.labels, self.sources, self.names)
         )
         where = torch.tensor(chosen, dtype=torch.long)
-        return Samples(self.values, self.index[where], labels, sources, names, self.rms_db[where], self.report)
+        return replace(
+            self, index=self.index[where], labels=labels, sources=sources, names=names, rms_db=self.rms_db[where]
+        )
+
+    def class_indices(self, classes: Sequence[str] | None = None) -> Tensor:
+        """(n,) int64: where each sample's label stands in `classes`; give the training set's to judge other data.
+
+        Raises DataError for a sample without a label or with one that is not among the classes.
+        """
+        known = tuple(self.classes if classes is None else classes)
+        place = {name: at for at, name in enumerate(known)}
+        for label, name in zip(self.labels, self.names, strict=True):
+            if label not in place:
+                found = f"has the label {label!r}" if label else "has no label"
+                raise DataError(
+                    f"{self.report.origin}: {name} {found}; expected one of the {len(known)} classes {some(known)}."
+                )
+        return torch.tensor([place[label] for label in self.labels], dtype=torch.long)
 
     def fingerprints(self) -> tuple[str, ...]:
         """One hash a sample, of its bytes: equal samples are recognised wherever they come from."""
@@ -136,12 +157,27 @@ def split(samples: Samples, fractions: Sequence[float], seed: int = 0) -> tuple[
 
 def expected_shape(net: nn.Module) -> tuple[int, ...] | None:
     """Shape of one sample as a dslified network was captured with, without the batch axis; None if unknown."""
-    for module in net.modules():
-        known = getattr(module, "meta", None)
-        record = known.get("dslify") if isinstance(known, dict) else None
-        if record and record.get("example"):
-            return tuple(record["example"][0][0][1:])
-    return None
+    example = noted(net, "example")
+    return tuple(example[0][0][1:]) if example else None
+
+
+def expected_classes(net: nn.Module) -> tuple[str, ...]:
+    """The classes that a dslified network was trained with, in the order of its outputs; () where that is unknown."""
+    return tuple(map(str, noted(net, "classes") or ()))
+
+
+def class_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """The classes of these labels in the order that a classifier's outputs are taken to have.
+
+    Names are sorted, as torchvision does it with class folders. Whole numbers are class indices already, so the
+    classes are all numbers up to the largest, whichever of them occur. Samples without a label ("") add none.
+    """
+    names = sorted(set(labels) - {""})
+    if all(name.isascii() and name.isdigit() and str(int(name[:9])) == name for name in names):
+        most = max((int(name) for name in names), default=-1)
+        if most < MOST_CLASSES:
+            return tuple(map(str, range(most + 1)))
+    return tuple(names)
 
 
 def show_progress(progress: bool | None) -> Progress:
@@ -152,10 +188,14 @@ def show_progress(progress: bool | None) -> Progress:
 
 
 class Collector:
-    """Takes samples one after another and turns them into Samples at the end."""
+    """Takes samples one after another and turns them into Samples at the end.
 
-    def __init__(self, origin: str):
+    classes: in the order that is known of them; () puts the labels in order.
+    """
+
+    def __init__(self, origin: str, classes: Sequence[str] = ()):
         self.origin = origin
+        self.classes = tuple(classes)
         self.memory = bytearray()
         self.file: Any = None
         self.kind: tuple[tuple[int, ...], torch.dtype] | None = None
@@ -203,7 +243,21 @@ class Collector:
         labels, sources, names, levels = zip(*self.rows, strict=True)
         report = DataReport(self.origin, read, len(labels), skipped=tuple(self.skipped), notes=tuple(notes), **counts)
         values = flat.view(len(labels), *shape)
-        return Samples(values, torch.arange(len(labels)), labels, sources, names, torch.tensor(levels), report)
+        index, level = torch.arange(len(labels)), torch.tensor(levels)
+        classes = self.classes or class_order(labels)
+        return Samples(values, index, labels, sources, names, level, report, classes)
+
+
+def fitted(value: Tensor, shape: tuple[int, ...] | None, origin: str) -> Tensor:
+    """`value` with the channel axis of size 1 that many arrays leave out; refuses another number of axes."""
+    if shape is None or value.dim() == len(shape):
+        return value
+    if value.dim() == len(shape) - 1 and shape[0] == 1:
+        return value.unsqueeze(0)
+    raise DataError(
+        f"{origin} has samples of shape {shaped(value.shape)}, and the network reads {shaped(shape)} per sample; "
+        f"expected {len(shape)} axes."
+    )
 
 
 def raw_bytes(value: Tensor) -> bytes:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def reproducible(net: nn.Module, seed: int, threads: int | None) -> Iterator[Non
 
 
 def device_of(net: nn.Module) -> torch.device:
-    return next((value.device for value in (*net.parameters(), *net.buffers())), torch.device("cpu"))
+    return next((value.device for value in chain(net.parameters(), net.buffers())), torch.device("cpu"))
 
 
 def trained_state(layer: DSLayer) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,9 +11,11 @@ from torch import Tensor, fx, nn
 from .errors import StoreError
 from .graph_json import decode, encode
 from .guards import Guards
+from .mask import KINDS, Mask
 from .plan import Plan
-from .switch import DSLayer, Layout, Mask, Switch
+from .switch import SWITCH_KINDS, DSLayer, Layout, Switch
 
+Kind = TypeVar("Kind", bound=str)
 _CONVOLUTION = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode",
 )  # fmt: skip
@@ -61,6 +63,8 @@ def _describe_layer(layer: DSLayer, prefix: str, tensors: dict[str, Tensor]) -> 
         "outputs": [[place.axis, place.per_sample, place.scales] for place in layer.outputs],
         "channel_axis": layer.channel_axis,
         "routable": layer.routable,
+        "mask": {"kind": layer.mask.kind},
+        "switch": {"kind": layer.switch.kind},
         "plan": layer.plan.to_json() if layer.plan is not None else None,
         "tensors": _own_names(layer, prefix, tensors, ("light", "full")),
     }
@@ -83,11 +87,13 @@ def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
                 raise StoreError(
                     f"the mask of shape {tuple(mask_shape)} does not fit the switch of {double // 2} channels."
                 )
+            mask_kind = _kind_of(data, "mask", KINDS)
+            switch_kind = _kind_of(data, "switch", SWITCH_KINDS)
             light, full = rebuild(data["light"], tensors), rebuild(data["full"], tensors)
             with torch.device("meta"):  # the stored tensors come in their place; no random numbers are drawn
                 layer = DSLayer(
-                    Mask(mask_shape),
-                    Switch(double // 2, hidden),
+                    Mask(mask_shape, mask_kind),
+                    Switch(double // 2, hidden, switch_kind),
                     light,
                     full,
                     [Layout(*place) for place in data["inputs"]],
@@ -106,6 +112,14 @@ def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
                 _put(made, data["tensors"], tensors)
                 return made
     raise StoreError(f"it holds a part of an unknown kind ({str(data.get('type', data['kind']))[:50]}).")
+
+
+def _kind_of(data: Mapping[str, Any], part: str, kinds: Sequence[Kind]) -> Kind:
+    """The kind of a layer's mask or switch; the first one where a file does not say it, as older files do not."""
+    kind = data[part]["kind"] if part in data else kinds[0]
+    if kind not in kinds:
+        raise StoreError(f"it holds a {part} of an unknown kind ({str(kind)[:50]}).")
+    return kind
 
 
 def _own_tensors(module: nn.Module, without: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Mask, Switch and the layer that holds them: where the network is cut, and which path an input takes."""
+"""Switch, and the layer that holds it with a mask: where the network is cut, and which path an input takes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import OptionError
+from .mask import Mask
 
 Route = Literal["full", "light", "mixed", "both"]
 ROUTES: tuple[Route, ...] = ("full", "light", "mixed", "both")
+SwitchKind = Literal["difference", "positive"]
+SWITCH_KINDS: tuple[SwitchKind, ...] = ("difference", "positive")
 
 
 @dataclass(frozen=True)
@@ -56,53 +59,33 @@ class Layout:
         return (index[:, None] * self.per_sample + steps).flatten()
 
 
-class Mask(nn.Module):
-    """Compresses the activation at the cut: one weight per channel (or element), driven to exact zero by L1.
-
-    The weights start at 1 and pass a soft threshold that leaves 1 exactly at 1, so a fresh mask changes nothing.
-    Source: DSL (arXiv 2404.04405) Eq. 2; the soft threshold is ours, the papers do not say how zeros become exact.
-
-    shape: the weights' shape, broadcast against the activation (1 on every axis that is not masked).
-    """
-
-    SOFT = 2.0**-7  # a power of two: (1 - SOFT) / (1 - SOFT) and 1 - SOFT are exact in every float format
-
-    def __init__(self, shape: Sequence[int]):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(tuple(shape)))
-
-    def effective(self) -> Tensor:
-        """The factors after the soft threshold, same shape as `weight`."""
-        shrunk = functional.relu(self.weight.abs() - self.SOFT) / (1 - self.SOFT)
-        return self.weight.sign() * shrunk
-
-    def sparsity(self) -> float:
-        """Share of factors that are exactly zero."""
-        return (self.effective() == 0).float().mean().item()
-
-    def forward(self, value: Tensor) -> Tensor:
-        return value * self.effective()
-
-
 class Switch(nn.Module):
-    """Predicts how far the light answer would be from the full one, from mean and deviation over the free axes.
+    """Scores every sample from mean and deviation over the free axes; a sample goes light iff score < threshold.
 
-    A small MLP with softplus: the score is non-negative, in the units of the relative difference. Deviations enter as
-    logarithms, because the difference spans orders of magnitude between silence and speech.
+    A small MLP. kind "difference": predicts how far the light answer would be from the full one; softplus, so the score
+    is non-negative, in the units of the relative difference (DSL, arXiv 2404.04405). kind "positive": a gate, which
+    needs labels; sigmoid, the probability that the sample is positive and not to be stopped (GC, arXiv 2303.08970).
+    Deviations enter as logarithms, because the difference spans orders of magnitude between silence and speech.
 
-    channels: size of the channel axis of the cut. hidden: width of the MLP.
+    channels: size of the channel axis of the cut. hidden: width of the MLP. Raises OptionError for another kind.
     """
 
     FLOOR = 1e-5  # of a deviation, before its logarithm
     offset: Tensor
     spread: Tensor
 
-    def __init__(self, channels: int, hidden: int = 16):
+    def __init__(self, channels: int, hidden: int = 16, kind: SwitchKind = "difference"):
         super().__init__()
+        if kind not in SWITCH_KINDS:
+            raise OptionError(f"The kind of a switch is one of {', '.join(SWITCH_KINDS)}; got {kind!r}.")
+        self.kind = kind
         self.hidden = nn.Linear(2 * channels, hidden)
         self.out = nn.Linear(hidden, 1)
         self.register_buffer("offset", torch.zeros(2 * channels))
         self.register_buffer("spread", torch.ones(2 * channels))
+
+    def extra_repr(self) -> str:
+        return self.kind
 
     def features(self, value: Tensor) -> Tensor:
         """(batch, entries, channels) -> (batch, 2 channels), not standardised."""
@@ -119,9 +102,10 @@ class Switch(nn.Module):
         return self.score(self.features(value))
 
     def score(self, features: Tensor) -> Tensor:
-        """The prediction from the features: (batch, 2 channels) -> (batch,)"""
+        """The predicted difference, or the probability, from the features: (batch, 2 channels) -> (batch,)"""
         normal = (features - self.offset) / self.spread
-        return functional.softplus(self.out(functional.silu(self.hidden(normal))).squeeze(1))
+        found = self.out(functional.silu(self.hidden(normal))).squeeze(1)
+        return functional.softplus(found) if self.kind == "difference" else found.sigmoid()
 
 
 @dataclass(frozen=True)
@@ -148,7 +132,7 @@ class DSLayer(nn.Module):
     a tuple where several leave it. light and full: modules from (cut, *crossing) to a tuple.
 
     inputs, outputs: Layouts of (cut, *crossing) and of the outputs. channel_axis: of the cut.
-    plan: what the surgery did (dslify.insert), or None. threshold: buffer, in units of relative difference; 0 (never
+    plan: what the surgery did (dslify.insert), or None. threshold: buffer, in units of the switch's score; 0 (never
     light) until calibrated. scale: buffer, one per output, the mean absolute full output; 0 until measured.
     """
 

@@ -5,6 +5,9 @@
     light      L_lwd, and with beta > 0 the mask too: beta L_comp + anchor L_anchor; base and full path frozen
     switch     L_switch on other inputs, everything else frozen: features and differences are computed once
 
+A layer whose switch is a gate learns from labels instead: the constant answer of its light path is set, its mask (with
+beta > 0) trains in the light phase with the gate's cross-entropy, and in the switch phase the gate trains alone.
+
 The threshold is no part of this: `calibrate` sets it on data that neither phase has seen.
 
 Everything runs in eval mode (BatchNorm keeps its running statistics, as the frozen base needs) and is a function of the
@@ -13,22 +16,30 @@ seed and the step alone: no shuffling state is kept anywhere, so a resumed run r
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .data import open_data
 from .errors import OptionError
+from .gate import gates
+from .omega import omega
+from .output_losses import Kinds
 from .run_folder import RunFolder, stop_requests
 from .runs import History, Options
-from .samples import Samples, expected_shape, show_progress, split
-from .schedule import frozen, frozen_digest, reproducible
-from .switch import required_layers, route
+from .samples import Samples, show_progress, split
+from .schedule import device_of, frozen, frozen_digest, reproducible
+from .switch import DSLayer, required_layers, route
+from .team import Team
 from .training_run import Run
 
+Positive = str | Iterable[Any] | Callable[[str], Any]  # which labels are positive, as dslify.omega reads it
 LIGHT_SHARE = 0.75  # of the training data, when the switch gets no data of its own
 CACHE_BYTES = 1 << 30
 
@@ -53,6 +64,12 @@ def finetune(
     fit: bool = True,
     cache_bytes: int = CACHE_BYTES,
     progress: bool | None = None,
+    positive: Positive | None = None,
+    loss: Kinds = "l1",
+    weights: Sequence[float] | None = None,
+    precision: str = "32-true",
+    accumulate: int = 1,
+    patience: int | None = None,
 ) -> History:
     """Train light path, mask and switch of every Dynamic Switch Layer of `net`, in place; base and full stay frozen.
 
@@ -68,21 +85,40 @@ def finetune(
     threads: of torch on the CPU, None for torch's own choice. progress: a bar on stderr, None where that is a terminal.
     cache_bytes: while all that frozen parts compute for the data fits into this, it is computed once and each step runs
     only what is trained (the normal, fast way); else each step runs the whole network. Same losses up to rounding.
+    positive: for networks with gates, the labels that are worth the full path: "1-9", "yes,no", "!background", a set, a
+    callable from label to bool.
+    loss, weights: how the light path's outputs (and the masked full path's) are held to the full path's: "l1", "mse",
+    "cosine" or "kl" (logits), for all outputs, for each in a sequence or for some in a dict by position; and what each
+    output weighs. The switch learns the relative difference whatever the loss.
+    precision: "32-true"; "bf16-mixed"; "16-mixed" on a GPU. Frozen parts that are computed once are computed in single
+    precision. accumulate: parts of a step that run one after another, of batch_size samples each.
+    patience: with a number, a tenth of each phase's sources is held out and judged every `checkpoint_every` steps; a
+    phase ends when that many judgings in a row brought nothing better, with the best state (best.pt in the run folder).
 
     Trains where the network is (CPU or GPU). Afterwards it is in eval mode and every requires_grad is as it was.
+    Under torchrun the processes divide each step's batch; data, options and result are the same in all of them, and the
+    first one alone writes. Each reads all the data.
 
-    Raises DataError for unusable data, OptionError for numbers out of range, TrainError when the network cannot take
-    the data, a loss is not finite, the run folder cannot be used or there is nothing to resume; KeyboardInterrupt after
-    a signal, with the last step in the checkpoint.
+    Raises DataError for unusable data, OptionError for numbers out of range, for labels that do not fit the gates and
+    for a precision that the processor or the network cannot bear, TrainError when the network cannot take the data, a
+    loss is not finite, the run folder cannot be used or there is nothing to resume; KeyboardInterrupt after a signal,
+    with the last step in the checkpoint.
     """
-    options = Options(steps, switch_steps, batch_size, lr, alpha, beta, anchor, seed, fit, cache_bytes)
+    shares = None if weights is None else tuple(map(float, weights))
+    options = Options(
+        steps, switch_steps, batch_size, lr, alpha, beta, anchor, seed, fit, cache_bytes, loss, shares, precision,
+        accumulate, patience,
+    )  # fmt: skip
     if checkpoint_every < 1 or (threads is not None and threads < 1):
         raise OptionError(f"checkpoint_every and threads are at least 1; got {checkpoint_every} and {threads}.")
     layers = required_layers(net)
+    team = Team(device_of(net), precision)
+    progress = progress if team.first else False
     where = None if run_dir is None else Path(run_dir)
     if resume:
-        RunFolder.find(where)  # before any data is read
+        team.lead(lambda: RunFolder.find(where))  # before any data is read
     parts, notes = _divide(net, train_data, switch_data, options, progress)
+    wanted = _wanted(layers, parts, positive)
     data, seen = {}, {}
     for name, part in parts.items():
         seen[name] = part.fingerprints()
@@ -92,20 +128,28 @@ def finetune(
         notes += (f"{shared} samples taught both the light path and the switch, which makes the switch too sure",)
     digests = {f"{name}_data": entry["digest"] for name, entry in data.items()}
     config = {**asdict(options), **digests, "network": frozen_digest(net, layers)}
+    if patience is not None:
+        config["checkpoint_every"] = checkpoint_every  # which decides when a phase is over
+    if wanted:
+        told = b"".join(part.numpy().tobytes() for part in wanted.values())
+        config["positive"] = hashlib.blake2b(told, digest_size=16).hexdigest()
+    team.check_same(config)
     with ExitStack() as stack:
         stack.enter_context(frozen(net, layers))
         stack.enter_context(reproducible(net, seed, threads))
         stack.enter_context(route(net, "both"))
-        run = Run(net, layers, options, checkpoint_every, stack.enter_context(show_progress(progress)))
-        if resume and where is not None:
-            run.folder, state, lines = RunFolder.reopen(where, config)
-            run.restore(state, lines)
-        elif where is not None:
-            run.folder = RunFolder.create(where, config, seen, run.state())
-        if run.folder is not None:
-            stack.callback(run.folder.close)
+        bar = stack.enter_context(show_progress(progress))
+        run = Run(net, layers, options, checkpoint_every, bar, team, wanted)
+        if where is not None:
+            going_on = team.lead(lambda: _open(run, where, config, seen, resume))
+            if going_on is not None:
+                run.restore(*going_on)
+            if run.folder is not None:
+                stack.callback(run.folder.close)
             run.stop_asked = stack.enter_context(stop_requests())
         try:
+            first = next(iter(parts.values()))
+            team.check_precision(net, layers, first.batch(range(min(batch_size, len(first)))).to(run.device))
             run.light_phase(parts["light"])
             if "switch" in parts:
                 run.switch_phase(parts["switch"])
@@ -123,22 +167,50 @@ def finetune(
         options=asdict(options),
         data=data,
         notes=notes,
+        kept=run.stop.kept,
         resumed_at=run.resumed_at,
         run_dir=None if run_dir is None else str(run_dir),
         fingerprints=frozenset(mark for marks in seen.values() for mark in marks),
     )
 
 
+def _open(
+    run: Run, where: Path, config: dict[str, Any], seen: dict[str, Any], resume: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Give the run its folder; returns checkpoint and history to go on from."""
+    if not resume:
+        run.folder = RunFolder.create(where, config, seen, run.state())
+        return None
+    run.folder, state, lines = RunFolder.reopen(where, config)
+    return state, lines
+
+
+def _wanted(layers: Sequence[DSLayer], parts: dict[str, Samples], positive: Positive | None) -> dict[str, Tensor]:
+    """Which samples of each phase are positive, bool, (n,); empty without gates. Raises OptionError."""
+    if not gates(layers):
+        if positive is not None:
+            raise OptionError(
+                "positive labels are for gates, and this network has none; insert with mode='gc', or leave them out."
+            )
+        return {}
+    if positive is None:
+        raise OptionError(
+            "This network has a gate, which learns from labels; say which are positive, such as positive='1-9' or "
+            "'yes,no' (--positive)."
+        )
+    known = omega(positive, [label for part in parts.values() for label in part.labels])
+    return {name: torch.from_numpy(known.positive(part.labels)) for name, part in parts.items()}
+
+
 def _divide(
     net: nn.Module, train_data: Any, switch_data: Any, options: Options, progress: bool | None
 ) -> tuple[dict[str, Samples], tuple[str, ...]]:
     """The samples of the phases "light" and "switch", and remarks."""
-    shape = expected_shape(net)
-    train = open_data(train_data, shape, progress=progress)
+    train = open_data(train_data, net, progress=progress)
     if options.switch_steps == 0:
         return {"light": train}, ()
     if switch_data is not None:
-        return {"light": train, "switch": open_data(switch_data, shape, progress=progress)}, ()
+        return {"light": train, "switch": open_data(switch_data, net, progress=progress)}, ()
     light, other = split(train, (LIGHT_SHARE, 1 - LIGHT_SHARE), options.seed)
     note = (
         f"no data was given for the switch: it learned from {len(other)} of the {len(train)} training samples, of "

@@ -2,59 +2,74 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from .early_stop import EarlyStop
 from .errors import TrainError
-from .gather import LightObjective, SwitchObjective, gather, judge
+from .gate import GatedMaskObjective, GateObjective, fill_answers, gates
+from .gather import LightObjective, Reader, SwitchObjective, gather, judge
+from .objectives import SPARSITY, Objectives
+from .output_losses import output_losses
 from .refit import BATCH, SAMPLES, refit
 from .run_folder import RunFolder
 from .runs import Options, Phase
 from .samples import Samples
 from .schedule import device_of, load_trained_state, positions, rate_share, trained_state
+from .stepper import Diverged, Stepper
 from .switch import DSLayer
+from .team import Team
 
 SWITCH_BATCH = 64  # at least: a step on cached features costs next to nothing
-CLIP = 1.0  # largest norm of all gradients together
 BETA_WARMUP = 0.25  # share of the light phase over which beta rises: at once it is fatal
-WEIGHT_DECAY = 1e-4
 
 
 class Run:
-    """The state of one run: where it is, its curves, and the folder it writes to, if any."""
+    """The state of one run: where it is, its curves, and the folder it writes to, if any.
+
+    positive: Omega(y) of the samples of each phase, for the gates; empty without gates.
+    """
 
     def __init__(
-        self, net: nn.Module, layers: Sequence[DSLayer], options: Options, checkpoint_every: int, bar: Progress
+        self,
+        net: nn.Module,
+        layers: Sequence[DSLayer],
+        options: Options,
+        checkpoint_every: int,
+        bar: Progress,
+        team: Team,
+        positive: dict[str, Tensor],
     ):
         self.net, self.layers, self.options, self.checkpoint_every = net, layers, options, checkpoint_every
-        self.device = device_of(net)
-        accelerator = "cpu" if self.device.type == "cpu" else self.device.type
-        devices = 1 if self.device.index is None else [self.device.index]
-        self.fabric = Fabric(accelerator=accelerator, devices=devices if accelerator != "cpu" else 1)
+        self.how = {layer: output_losses(options.loss, options.weights, len(layer.outputs)) for layer in layers}
+        self.team, self.positive, self.device = team, positive, device_of(net)
+        self.gates = gates(layers)
         self.step = 0  # of both phases together
         self.lines: list[dict[str, Any]] = []
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.saved_optimizer: dict[str, Any] | None = None
+        self.stepper: Stepper | None = None
+        self.saved: dict[str, Any] = {}  # of optimizer and precision, in the checkpoint that this run goes on from
+        self.stop = EarlyStop(layers, options.patience)
         self.unseen: float | None = None
         self.cached = False
         self.fitted = False
         self.resumed_at: int | None = None
-        self.folder: RunFolder | None = None
+        self.folder: RunFolder | None = None  # of the first process alone
         self.stop_asked: Callable[[], bool] = lambda: False
         self.bar, self.task = bar, bar.add_task("fine-tuning", total=options.steps + options.switch_steps)
 
     def state(self) -> dict[str, Any]:
         """A checkpoint: everything that a step changes. The data's order is a function of seed and step."""
+        precision = self.team.precision
         return {
             "layers": [trained_state(layer) for layer in self.layers],
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "optimizer": None if self.stepper is None else self.stepper.optimizer.state_dict(),
+            "precision": None if precision is None else precision.state_dict(),
+            "early_stop": self.stop.state(),
             "random": torch.get_rng_state(),
             "unseen": self.unseen,
             "cached": self.cached,
@@ -64,8 +79,9 @@ class Run:
     def restore(self, state: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         for layer, saved in zip(self.layers, state["layers"], strict=True):
             load_trained_state(layer, saved)
-        self.saved_optimizer, self.unseen = state["optimizer"], state["unseen"]
+        self.saved, self.unseen = state, state["unseen"]
         self.cached, self.fitted = state["cached"], state["fitted"]
+        self.stop.load(state["early_stop"])
         torch.set_rng_state(state["random"])
         self.step = self.resumed_at = state["step"]
         self.lines = lines
@@ -73,52 +89,84 @@ class Run:
 
     def light_phase(self, samples: Samples) -> None:
         options = self.options
-        if self.step >= options.steps and self.step > 0:
+        if "light" in self.stop.kept or (self.step >= options.steps and self.step > 0):
             return
-        masks = [layer.mask.weight for layer in self.layers] if options.beta > 0 else []
+        masked = [layer for layer in self.layers if options.beta > 0]
         # A layer behind a mask that moves sees other inputs at every step: nothing to keep then.
-        room = options.cache_bytes if not masks or len(self.layers) == 1 else 0
-        scales, tables = gather(self.net, self.layers, self.batches, samples, room, bool(masks))
+        room = options.cache_bytes if not masked or len(self.layers) == 1 else 0
+        read = Reader(self.net, self.layers)
+        scales, tables = gather(self.net, self.layers, self.batches, samples, room, bool(masked), read)
         if self.step == 0:
             for layer, scale in zip(self.layers, scales, strict=True):
                 layer.scale.copy_(scale)
+            if self.gates:
+                fill_answers(self.net, self.gates, self.batches, samples, ~self.positive["light"])
         self.cached = tables is not None
+        chosen, held = self.stop.divide(samples, options.seed)
         if self.step == 0 and options.fit and tables is not None:
-            seen = positions(len(samples), min(SAMPLES, len(samples)), 0, options.seed, "light").split(BATCH)
+            seen = chosen[positions(len(chosen), min(SAMPLES, len(chosen)), 0, options.seed, "light")].split(BATCH)
             for layer, table in zip(self.layers, tables, strict=True):
                 self.fitted |= refit(self.net, layer, [table.take(part)[0] for part in seen])
-        paths = [parameter for layer in self.layers for parameter in layer.light.parameters()]
-        for parameter in (*paths, *masks):
+        answering = [layer for layer in self.layers if not self._only_gates(layer)]  # whose light path can learn
+        gating = [layer for layer in self.layers if self._learns_with_mask(layer)]
+        parts: list[tuple[Sequence[str], nn.Module]] = []
+        if answering:
+            names = ("light", "mask", "anchor") if masked else ("light",)
+            kept = None if tables is None else [tables[self.layers.index(layer)] for layer in answering]
+            how = [self.how[layer] for layer in answering]
+            known = read if len(answering) == len(self.layers) else None
+            parts.append((names, LightObjective(self.net, answering, kept, samples, how, known)))
+        if gating:
+            if self.step == 0:
+                for layer, seen in zip(gating, judge(self.net, gating, self.batches, samples)[0], strict=True):
+                    layer.switch.standardise(seen)
+            kept = None if tables is None else [tables[self.layers.index(layer)] for layer in gating]
+            how = [self.how[layer] for layer in gating]
+            objective = GatedMaskObjective(self.net, gating, kept, samples, self.positive["light"], how)
+            parts.append((GatedMaskObjective.NAMES, objective))
+        paths = [parameter for layer in answering for parameter in layer.light.parameters()]
+        paths += [parameter for layer in gating for parameter in layer.switch.parameters()]
+        masks = [layer.mask for layer in masked]
+        weights = [parameter for mask in masks for parameter in mask.parameters()]
+        for parameter in (*paths, *weights):
             parameter.requires_grad_(parameter.is_floating_point())
-        if not paths and not masks:
+        if not paths and not weights:
             return  # a light path without parameters has nothing to learn
-        names = ("light", "mask", "anchor") if masks else ("light",)
-        objective = LightObjective(self.net, self.layers, tables, samples)
         groups: list[dict[str, Any]] = [{"params": paths}] if paths else []
-        if masks:
-            groups.append({"params": masks, "weight_decay": 0.0})
-        self._train("light", names, objective, groups, len(samples), options.batch_size, 0, options.steps)
-        for parameter in (*paths, *masks):
+        if weights:
+            groups.append({"params": weights, "weight_decay": 0.0})
+        batch = options.batch_size * options.accumulate
+        self._train("light", Objectives(parts, masks), groups, (chosen, held), batch, (0, options.steps))
+        for parameter in (*paths, *weights):
             parameter.requires_grad_(False)
 
     def switch_phase(self, samples: Samples) -> None:
         options = self.options
         end = options.steps + options.switch_steps
-        if self.step >= end:
+        if "switch" in self.stop.kept or self.step >= end:
             return
         features, actual = judge(self.net, self.layers, self.batches, samples)
         self.unseen = torch.stack([column.mean() for column in actual]).mean().item()
-        switches = [layer.switch for layer in self.layers]
         if self.step <= options.steps:
             self.step = options.steps
-            for switch, seen in zip(switches, features, strict=True):
-                switch.standardise(seen)
-        parameters = [parameter for switch in switches for parameter in switch.parameters()]
+            for layer, seen in zip(self.layers, features, strict=True):
+                if not (options.steps and self._learns_with_mask(layer)):  # which has been fitted to its features
+                    layer.switch.standardise(seen)
+        parts: list[tuple[Sequence[str], nn.Module]] = []
+        plain = [at for at, layer in enumerate(self.layers) if layer not in self.gates]
+        gated = [at for at, layer in enumerate(self.layers) if layer in self.gates]
+        if plain:
+            told = ([features[at] for at in plain], [actual[at] for at in plain])
+            parts.append((("switch",), SwitchObjective([self.layers[at].switch for at in plain], *told)))
+        if gated:
+            known = ([features[at] for at in gated], self.positive["switch"])
+            parts.append((("gate",), GateObjective([self.layers[at].switch for at in gated], *known)))
+        parameters = [parameter for layer in self.layers for parameter in layer.switch.parameters()]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        objective = SwitchObjective(switches, features, actual)
-        batch = max(SWITCH_BATCH, options.batch_size)
-        self._train("switch", ("switch",), objective, [{"params": parameters}], len(samples), batch, options.steps, end)
+        batch = max(SWITCH_BATCH, options.batch_size * options.accumulate)
+        shares = self.stop.divide(samples, options.seed)
+        self._train("switch", Objectives(parts), [{"params": parameters}], shares, batch, (options.steps, end))
 
     def batches(self, samples: Samples, text: str) -> Iterator[tuple[int, Tensor]]:
         """(position of the first, batch) over all samples in order, with a bar."""
@@ -139,7 +187,7 @@ class Run:
         found = []
         for name in dict.fromkeys(line["phase"] for line in self.lines):
             lines = [line for line in self.lines if line["phase"] == name]
-            parts = [part for part in lines[0] if part not in ("step", "phase", "lr", "seconds")]
+            parts = [part for part in lines[0] if part not in ("step", "phase", "lr", "seconds", "held_out")]
             losses = {part: tuple(line[part] for line in lines) for part in parts}
             found.append(Phase(name, losses, lines[-1]["seconds"]))
         return tuple(found)
@@ -147,66 +195,85 @@ class Run:
     def _train(
         self,
         phase: str,
-        names: Sequence[str],
-        objective: nn.Module,
+        objectives: Objectives,
         groups: list[dict[str, Any]],
-        count: int,
+        shares: tuple[Tensor, Tensor],
         batch: int,
-        begin: int,
-        end: int,
+        span: tuple[int, int],
     ) -> None:
-        """Steps `begin` to `end` of the run, from where it stands."""
-        options = self.options
-        fused = self.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=WEIGHT_DECAY, fused=fused)
-        if self.step > begin and self.saved_optimizer is not None:
-            optimizer.load_state_dict(self.saved_optimizer)
-        self.optimizer = optimizer
-        module, stepper = self.fabric.setup(objective, optimizer, move_to_device=False)
-        batch = min(batch, count)
+        """The steps of `span` of the run, from where it stands.
+
+        shares: positions of the samples to learn from, and of those held out to judge by. batch: samples in a step.
+        """
+        options, (begin, end), (chosen, held) = self.options, span, shares
+        pieces = options.accumulate if phase == "light" else 1
+        self.stepper = stepper = Stepper(self.team, objectives, groups, options, pieces)
+        self.team.agree(self.layers)
+        if self.step > begin:
+            stepper.optimizer.load_state_dict(self.saved["optimizer"])
+            if self.team.precision is not None:
+                self.team.precision.load_state_dict(self.saved["precision"])
+        else:
+            self.stop.start()
+        batch, steps = min(batch, len(chosen)), end - begin
+        last = self._weights(objectives.names, 1.0)
         gone = next((line["seconds"] for line in reversed(self.lines) if line["phase"] == phase), 0.0)
         started = time.perf_counter() - gone
+        if self.stop.fresh and self.step < end:
+            self.stop.offer(self._held_out(stepper, held, batch, last), self.step)
         while self.step < end:
-            at, steps = self.step - begin, end - begin
+            at = self.step - begin
             rate = options.lr * rate_share(at, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            weights = self._weights(phase, at, steps)
-            losses = module(positions(count, batch, at, options.seed, phase))
-            total = (losses * losses.new_tensor(weights)).sum()
-            value = total.item()
-            if not math.isfinite(value):
-                raise TrainError(self._diverged(phase, f"the loss is {value}"))
-            stepper.zero_grad()
-            self.fabric.backward(total)
-            norm = self.fabric.clip_gradients(module, stepper, max_norm=CLIP, error_if_nonfinite=False)
-            if not math.isfinite(float(norm)):  # type: ignore[arg-type]
-                raise TrainError(self._diverged(phase, f"the gradient is {float(norm)}"))  # type: ignore[arg-type]
-            stepper.step()
+            weights = self._weights(objectives.names, min(1.0, (at + 1) / (BETA_WARMUP * steps)))
+            drawn = chosen[positions(len(chosen), batch, at, options.seed, phase)]
+            try:
+                losses, total = stepper.step(drawn, weights, rate)
+            except Diverged as found:
+                raise TrainError(self._diverged(phase, str(found))) from None
             self.step += 1
-            parts = dict(zip(names, losses.tolist(), strict=True))
-            line = {"step": self.step, "phase": phase, "lr": rate, **parts, "total": value}
-            self._after({**line, "seconds": round(time.perf_counter() - started, 3)}, end)
-        self.optimizer = self.saved_optimizer = None
+            parts = dict(zip(objectives.names, losses, strict=True))
+            line = {"step": self.step, "phase": phase, "lr": rate, **parts, "total": total}
+            over = self.step == end
+            if self.stop.patience is not None and (over or self.step % self.checkpoint_every == 0):
+                line["held_out"] = self._held_out(stepper, held, batch, last)
+                if self.stop.offer(line["held_out"], self.step) and self.folder is not None:
+                    self.folder.save_best(self.step, self.state())
+                over = over or self.stop.exhausted
+                if over:
+                    self.stop.keep(phase)
+            self._after({**line, "seconds": round(time.perf_counter() - started, 3)}, over)
+            if over:
+                break
+        self.stepper, self.saved = None, {}
 
-    def _after(self, line: dict[str, Any], end: int) -> None:
+    def _held_out(self, stepper: Stepper, held: Tensor, batch: int, weights: Sequence[float]) -> float:
+        """The total over the samples held out."""
+        return sum(len(part) * stepper.measure(part, weights) for part in held.split(batch)) / len(held)
+
+    def _after(self, line: dict[str, Any], over: bool) -> None:
         self.lines.append(line)
         self.bar.update(self.task, advance=1, description=f"{line['phase']} {line['total']:.4f}")
-        if self.folder is None:
-            return
-        self.folder.log(line)
-        stop = self.stop_asked()
-        if stop or self.step % self.checkpoint_every == 0 or self.step == end:
-            self.folder.save(self.step, self.state())
+        stop = self.team.any(self.stop_asked())
+        if self.folder is not None:
+            self.folder.log(line)
+            if stop or over or self.step % self.checkpoint_every == 0:
+                self.folder.save(self.step, self.state())
         if stop:
-            raise KeyboardInterrupt(f"stopped after step {self.step}; resume with the run folder {self.folder.path}")
+            where = f"; resume with the run folder {self.folder.path}" if self.folder is not None else ""
+            raise KeyboardInterrupt(f"stopped after step {self.step}{where}")
 
-    def _weights(self, phase: str, at: int, steps: int) -> list[float]:
-        options = self.options
-        if phase == "switch" or options.beta == 0:
-            return [options.alpha]
-        beta = options.beta * min(1.0, (at + 1) / (BETA_WARMUP * steps))
-        return [options.alpha, beta, options.anchor]
+    def _weights(self, names: Sequence[str], warm: float) -> list[float]:
+        """What each loss weighs in the total; warm: the share of beta that is reached."""
+        others = {"mask": warm * self.options.beta, "anchor": self.options.anchor, **dict.fromkeys(SPARSITY, 0.0)}
+        return [others.get(name, self.options.alpha) for name in names]
+
+    def _only_gates(self, layer: DSLayer) -> bool:
+        """A gate whose light path has nothing to learn: none, or a constant answer, which is set and not trained."""
+        return layer in self.gates and all(name.startswith("answer") for name, _ in layer.light.named_parameters())
+
+    def _learns_with_mask(self, layer: DSLayer) -> bool:
+        """A gate that takes part in the light phase, so that its mask keeps what the decision needs."""
+        return self.options.beta > 0 and self._only_gates(layer)
 
     def _diverged(self, phase: str, found: str) -> str:
         kept = (

@@ -10,13 +10,16 @@ import dslify
 PACKAGE = Path(dslify.__file__).parent
 # each room imports only rooms above it
 ORDER = [
-    "errors", "files", "isolate", "garbage", "functional", "guards", "deadline", "obstacle", "readings",
-    "recurrent", "attempt", "capture", "macs", "cut", "rules", "depth", "axes", "widths", "light", "layers",
-    "inherit", "plan", "verify", "derive", "switch", "graft", "nest", "survey", "nameable", "graph_json",
-    "first_layer", "example_inputs", "vouched", "pickle_symbols", "pickles", "archives", "load", "insert",
-    "stored_modules", "store", "losses", "audio", "samples", "data", "runs", "run_folder", "schedule", "gather",
-    "refit", "training_run", "train", "cost", "observe", "calibrate", "resampling", "measure", "report", "cut_tree",
-    "picture", "explained", "options", "console", "demo", "cli",
+    "errors", "notes", "named", "omega", "files", "isolate", "garbage", "functional", "guards", "deadline",
+    "obstacle", "readings", "recurrent", "attempt", "capture", "macs", "cut", "rules", "depth", "axes", "widths",
+    "light", "layers", "inherit", "plan", "verify", "derive", "mask", "switch", "graft", "lengths", "answers",
+    "nest", "survey", "nameable", "graph_json", "first_layer", "example_inputs", "joint", "listing", "images",
+    "vouched", "pickle_symbols", "pickles", "archives", "load", "request", "insert", "stored_modules", "store",
+    "output_losses", "losses", "audio", "workers", "samples", "wanted", "arrays", "folders", "items", "data",
+    "runs", "run_folder", "schedule", "gather", "gate", "refit", "processes", "team", "early_stop", "stepper",
+    "objectives", "training_run", "train", "cascade", "cost", "probe", "observe", "guarantee", "thresholds",
+    "tradeoff", "aim", "calibrate", "resampling", "rivals", "uses", "accuracy", "measure", "tables", "evaluated",
+    "report", "cut_tree", "picture", "explained", "options", "console", "demo", "learning", "cli",
 ]  # fmt: skip
 
 

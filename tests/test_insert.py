@@ -190,7 +190,7 @@ def test_the_codec_light_path_is_as_small_as_the_paper():
         ({"width": 0}, "above 0 and at most 1; got 0"),
         ({"width": 1.5}, "got 1.5"),
         ({"cost": 2.0}, "between 0 and 1; got 2.0"),
-        ({"mask": "wide"}, "channel, element; got 'wide'"),
+        ({"mask": "wide"}, "channel, element, activation; got 'wide'"),
     ],
 )
 def test_options_out_of_range(options, words):

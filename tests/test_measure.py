@@ -138,8 +138,10 @@ def test_the_users_metric_is_composed_and_a_blind_one_is_noted():
 def test_random_spread_is_that_of_all_permutations():
     difference = spread_out(30)
     draws = np.random.default_rng(0).permuted(np.tile(difference, (DRAWS, 1)), axis=1)[:, :12].sum(1) / 30
-    assert random_spread(difference, 12) == pytest.approx(draws.std(), rel=SIMULATED)
-    assert random_spread(difference, 0) == random_spread(difference, 30) == 0
+    outcomes = np.stack([0 * difference, difference], 1)
+    assert random_spread(outcomes, np.array([18, 12])) == pytest.approx(draws.std(), rel=SIMULATED)
+    for counts in ([30, 0], [0, 30]):
+        assert random_spread(outcomes, np.array(counts)) == pytest.approx(0)
 
 
 def test_intervals_are_over_sources():

@@ -349,6 +349,9 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         ),
         "has the shape",
     ),
+    "switch of another kind": (lambda d, w: layer_in(d)["switch"].update(kind="gate"), "switch of an unknown kind"),
+    "mask of another kind": (lambda d, w: layer_in(d)["mask"].update(kind="none"), "mask of an unknown kind"),
+    "mask of the other kind": (lambda d, w: layer_in(d)["mask"].update(kind="activation"), "has other tensors than"),
     "plan of another version": (lambda d, w: layer_in(d)["plan"].update(more=1), "plan"),
     "layout": (lambda d, w: layer_in(d).update(inputs=[[1, 2, 3, 4]]), "damaged"),
     "no network": (lambda d, w: d.update(net={"kind": "sequence", "parts": []}), "no dslified network"),
@@ -388,6 +391,15 @@ def test_an_unchanged_file_passes_the_same_way(odd, tmp_path):
     data, weights = contents(path)
     pack(path, json.dumps(data).encode(), write_tensors(weights))
     assert isinstance(dslify.dsl_layers(dslify.load(path))[0], DSLayer)
+
+
+def test_a_file_that_says_no_kinds_is_one_from_before_there_were_two(odd, tmp_path):
+    path = dslify.save(odd, tmp_path / "model.dsl")
+    data, weights = contents(path)
+    assert (layer_in(data).pop("mask"), layer_in(data).pop("switch")) == ({"kind": "weight"}, {"kind": "difference"})
+    pack(path, json.dumps(data).encode(), write_tensors(weights))
+    (layer,) = dslify.dsl_layers(dslify.load(path))
+    assert (layer.mask.kind, layer.switch.kind) == ("weight", "difference")
 
 
 def test_a_check_that_is_code_is_not_run_when_the_network_is(odd, tmp_path, monkeypatch):

@@ -27,7 +27,8 @@ from dslify.cut import find_cut, partition
 from dslify.errors import DslifyError
 from dslify.functional import copied, graphs_in
 from dslify.graft import region_module
-from dslify.insert import Request, insert_into
+from dslify.insert import insert_into
+from dslify.request import Request
 from dslify.widths import choose
 
 from .cuts import chosen_cuts

@@ -1,0 +1,182 @@
+"""The commands after the surgery: finetune, calibrate and evaluate. cli.py puts them beside the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import options as o
+from .console import Output, dslified, read_data, size_of
+from .named import named_function
+from .options import hertz, number, numbers, run_folder, runs_beside, seconds, whole, words
+from .processes import place
+
+
+def finetune(
+    file: o.File,
+    data: o.Data,
+    switch_data: o.SwitchData = None,
+    steps: o.Steps = "800",
+    switch_steps: o.SwitchSteps = "400",
+    batch_size: o.BatchSize = "16",
+    lr: o.LearningRate = "0.003",
+    alpha: o.Alpha = "1",
+    beta: o.Beta = "0",
+    anchor: o.Anchor = "1",
+    positive: o.Positive = None,
+    loss: o.Loss = "l1",
+    weights: o.Weights = None,
+    precision: o.Precision = "32-true",
+    accumulate: o.Accumulate = "1",
+    patience: o.Patience = None,
+    rate: o.Rate = None,
+    segment: o.Segment = None,
+    labels: o.Labels = None,
+    workers: o.Workers = "0",
+    fit: o.Fit = True,
+    resume: o.Resume = False,
+    run_dir: o.RunDir = None,
+    checkpoint_every: o.CheckpointEvery = "100",
+    seed: o.Seed = "0",
+    threads: o.Threads = None,
+    output: o.Write = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train the light path to answer like the full one, and the switch to predict how far off it is; a gate learns
+    from labels.
+
+    In several processes: torchrun --nproc-per-node=2 -m dslify finetune ...
+    """
+    options: dict[str, Any] = {
+        "steps": whole("steps", steps),
+        "switch_steps": whole("switch-steps", switch_steps),
+        "batch_size": whole("batch-size", batch_size, least=1),
+        "lr": number("lr", lr, "above 0", above=0),
+        "alpha": number("alpha", alpha, "above 0", above=0),
+        "beta": number("beta", beta, "0 or above", least=0),
+        "anchor": number("anchor", anchor, "0 or above", least=0),
+        "positive": positive,
+        "loss": words(loss),
+        "weights": numbers("weights", weights),
+        "precision": precision,
+        "accumulate": whole("accumulate", accumulate, least=1),
+        "patience": None if patience is None else whole("patience", patience, least=1),
+        "checkpoint_every": whole("checkpoint-every", checkpoint_every, least=1),
+        "seed": whole("seed", seed),
+        "fit": fit,
+        "threads": None if threads is None else whole("threads", threads, least=1),
+    }
+    rate_hz, length = hertz(rate), seconds(segment)
+    first = place().rank == 0  # of several processes one writes and prints
+    with Output(as_json and first, quiet or not first) as out:
+        net = dslified(file)
+        from . import finetune as train
+        from . import report, save
+
+        folder = run_dir or run_folder(file, resume)
+        samples = read_data(net, data, rate_hz, length, out, labels, workers)
+        others = None if switch_data is None else read_data(net, switch_data, rate_hz, length, out, labels, workers)
+        try:
+            history = train(
+                net, samples, switch_data=others, run_dir=folder, resume=resume, progress=out.progress, **options
+            )
+        except KeyboardInterrupt:
+            if not (folder / "config.json").exists():
+                raise
+            raise KeyboardInterrupt(f"go on with the same command and --resume --run-dir {folder}") from None
+        written = save(net, output or file, force=True) if first else file
+        out.document = {"file": str(written), "run_dir": str(folder), **history.to_json()}
+        out.show(
+            report.training(history), "", f"wrote {written} ({size_of(written)}) and {folder}/ (logs, checkpoints)"
+        )
+        out.next("calibrate", str(written), "--data", "OTHER_FOLDER", "--light-share", "0.5")
+
+
+def calibrate(
+    file: o.File,
+    data: o.Data,
+    light_share: o.LightShare = None,
+    max_difference: o.MaxDifference = None,
+    guarantee: o.Guarantee = None,
+    confidence: o.Confidence = None,
+    bound: o.Bound = None,
+    metric: o.Metric = None,
+    max_metric: o.MaxMetric = None,
+    curve: o.Curve = None,
+    run_dir: o.SeenRun = None,
+    rate: o.Rate = None,
+    segment: o.Segment = None,
+    labels: o.Labels = None,
+    workers: o.Workers = "0",
+    batch_size: o.BatchSize = "32",
+    output: o.Write = None,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Set the threshold, on data that neither training nor the final test uses.
+
+    A bound holds for the data given, unless a guarantee is asked for: --guarantee, or --confidence.
+    """
+    limits = {"max_difference": max_difference, "max_metric": max_metric, "bound": bound}
+    asked: dict[str, Any] = {
+        name: None if text is None else number(name.replace("_", "-"), text, "above 0", above=0)
+        for name, text in limits.items()
+    }
+    if light_share is not None:
+        asked["light_share"] = number("light-share", light_share, "0 to 1", least=0, most=1)
+    if confidence is not None:
+        asked["confidence"] = number("confidence", confidence, "above 0 and below 1", above=0, below=1)
+    batch, rate_hz, length = whole("batch-size", batch_size, least=1), hertz(rate), seconds(segment)
+    with Output(as_json, quiet) as out:
+        net = dslified(file)
+        from . import calibrate as set_threshold
+        from . import report, save
+        from .named import named_function
+        from .tradeoff import curve_path
+
+        asked["curve"] = None if curve is None else curve_path(curve, force)
+        judge = None if metric is None else named_function(metric, "--metric")
+        runs = runs_beside(file) if run_dir is None else (run_dir,)
+        samples = read_data(net, data, rate_hz, length, out, labels, workers)
+        options: dict[str, Any] = {"guarantee": guarantee, "metric": judge, "training": runs or None, **asked}
+        result = set_threshold(net, samples, batch_size=batch, progress=out.progress, **options)
+        written = save(net, output or file, force=True)
+        out.document = {"file": str(written), "runs": [str(run) for run in runs], **result.to_json()}
+        checked = f"held against what {', '.join(map(str, runs))} trained on"
+        unknown = f"there is no run folder beside {file}, so nobody knows whether training has seen this data"
+        out.show(report.calibration(result), checked if runs else f"note: {unknown} (--run-dir names it)", "")
+        out.show(f"wrote {written} ({size_of(written)})", *([] if curve is None else [f"wrote {curve}"]))
+        out.next("evaluate", str(written), "--data", "TEST_FOLDER")
+
+
+def evaluate(
+    file: o.File,
+    data: o.Data,
+    by: o.By = "label",
+    metric: o.Metric = None,
+    accuracy: o.Accuracy = False,
+    positive: o.Positive = None,
+    rate: o.Rate = None,
+    segment: o.Segment = None,
+    labels: o.Labels = None,
+    workers: o.Workers = "0",
+    batch_size: o.BatchSize = "32",
+    seed: o.Seed = "0",
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Hold the routing against full, light, random, an oracle and plain loudness on test data."""
+    wanted: dict[str, Any] = {"accuracy": accuracy, "positive": positive, "by": by}
+    batch, first = whole("batch-size", batch_size, least=1), whole("seed", seed)
+    rate_hz, length = hertz(rate), seconds(segment)
+    with Output(as_json, quiet) as out:
+        net = dslified(file)
+        from . import evaluate as judge
+        from . import report
+
+        judged = None if metric is None else named_function(metric, "--metric")
+        samples = read_data(net, data, rate_hz, length, out, labels, workers)
+        result = judge(net, samples, judged, batch_size=batch, seed=first, progress=out.progress, **wanted)
+        out.document = {"file": str(file), **result.to_json()}
+        out.show(report.evaluation(result))

@@ -1,0 +1,85 @@
+"""What insert() was asked for, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .answers import ANSWERS
+from .errors import OptionError
+from .switch import SwitchKind
+
+LIGHTS = ("narrow", *ANSWERS)
+MASKS = ("channel", "element", "activation")
+MODES: dict[str, tuple[SwitchKind, str]] = {"dsl": ("difference", "narrow"), "gc": ("positive", "exit")}
+WIDTH = 0.1  # of a narrow light path, if neither width nor cost is asked for
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of insert() but for the network and its inputs; paths without the scope. Raises OptionError."""
+
+    at: str
+    width: float | None = None
+    scope: str | None = None
+    to: str | None = None
+    mask: str = "channel"
+    projection: bool = True
+    cost: float | None = None
+    depth: float = 1.0
+    seed: int = 0
+    light: str | None = None
+    mode: str = "dsl"
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", MODES), ("light", (None, *LIGHTS)), ("mask", MASKS)):
+            if getattr(self, name) not in known:
+                words = ", ".join(word for word in known if word)
+                raise OptionError(f"{name} is one of {words}; got {getattr(self, name)!r}.")
+        if not 0 < self.kept <= 1:
+            raise OptionError(
+                f"width is the share of channels that the light path keeps, above 0 and at most 1; got {self.width}."
+            )
+        if self.cost is not None and not 0 < self.cost < 1:
+            raise OptionError(
+                f"cost is the light path's share of the MACs behind the cut, between 0 and 1; got {self.cost}."
+            )
+        if not 0 < self.depth <= 1:
+            raise OptionError(
+                f"depth is the share of residual branches that the light path keeps, above 0 and at most 1; got "
+                f"{self.depth}."
+            )
+        if self.answer != "narrow":
+            self._check_not_narrow()
+        if self.at == "auto" and self.to:
+            raise OptionError("at=auto chooses a cut for everything behind it, so it excludes `to`; give one of them.")
+        if self.scope:
+            for name in ("at", "to"):
+                path = getattr(self, name)
+                object.__setattr__(self, name, path and path.removeprefix(f"{self.scope}."))
+
+    def _check_not_narrow(self) -> None:
+        asked = {"width": self.width is not None, "cost": self.cost is not None, "depth": self.depth < 1}
+        for name in (name for name, given in asked.items() if given):
+            raise OptionError(
+                f"{name} says how narrow a copy is, and light {self.answer!r} is no copy; leave out {name}, or ask for "
+                "light 'narrow'."
+            )
+        if self.answer == "identity" and self.to is None:
+            raise OptionError(
+                "light 'identity' leaves out the modules from the cut to another one; name the last of them with `to`."
+            )
+
+    @property
+    def answer(self) -> str:
+        """The kind of light path."""
+        return self.light or MODES[self.mode][1]
+
+    @property
+    def kind(self) -> SwitchKind:
+        """Of the switch."""
+        return MODES[self.mode][0]
+
+    @property
+    def kept(self) -> float:
+        """The width, as a number."""
+        return WIDTH if self.width is None else self.width

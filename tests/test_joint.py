@@ -1,0 +1,174 @@
+"""Joint training: the training network is the model in training mode, and what it learns the network has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+import dslify
+from dslify.errors import DslifyError, TrainError
+from dslify.joint import training_network
+
+SAME = 1e-5  # relative: training graph against the model's own forward in training mode
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, drop: float = 0.0, path: float = 0.0):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.drop, self.path = nn.Dropout(drop), DropPath(path)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value + self.path(self.drop(torch.relu(self.norm(self.conv(value)))))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, drop: float):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, dropout=drop, batch_first=True)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value + self.attention(value, value, value, need_weights=False)[0]  # type: ignore[no-any-return]
+
+
+class Coder(nn.Module):
+    """A network whose capturable part is its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = images()
+        self.decoder = nn.Linear(5, 7)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.decoder(self.encoder(value))  # type: ignore[no-any-return]
+
+
+def images(drop: float = 0.0, path: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [Block(16, drop, path) for _ in range(3)]
+    return nn.Sequential(nn.Conv2d(3, 16, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+
+def batch(count: int = 6) -> Tensor:
+    return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def test_it_is_the_model_in_training_mode_and_its_running_statistics_are_the_networks() -> None:
+    model = images()
+    net = dslify.insert(model, "1", 0.3, (batch(1),))
+    trained = training_network(net, model, (batch(2),))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not any(module.training != model.training for module in model.modules())
+    mine = trained(batch())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    theirs = model.train()(batch())
+    torch.testing.assert_close(mine, theirs, rtol=SAME, atol=SAME)
+    evaluated = model.eval()(batch())
+    with torch.no_grad(), dslify.route(net.eval(), "full"):
+        torch.testing.assert_close(net(batch()), evaluated, rtol=SAME, atol=SAME)
+    assert (mine - evaluated).abs().max() > 100 * SAME  # the two modes differ here, or nothing was compared
+
+
+@pytest.mark.parametrize(("drop", "path"), [(0.5, 0.0), (0.0, 0.5)])
+def test_dropout_and_drop_path_are_there_in_training_and_not_in_the_network(drop: float, path: float) -> None:
+    model = images(drop, path)
+    net = dslify.insert(model, "1", 0.3, (batch(1),))
+    trained = training_network(net, model, (batch(2),))
+    with torch.no_grad():
+        assert not torch.equal(trained(batch()), trained(batch()))
+        net.eval()
+        assert torch.equal(net(batch()), net(batch()))
+
+
+def test_dropout_of_attention_is_there() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Attention(8, 0.5), nn.Linear(8, 4))
+    data = torch.randn(3, 5, 8)
+    net = dslify.insert(model, "0", 0.5, (data,))
+    trained = training_network(net, model, (data,))
+    with torch.no_grad():
+        assert not torch.equal(trained(data), trained(data))
+
+
+@pytest.mark.parametrize("routes", ["full", "mixed"])
+def test_one_step_reaches_base_full_light_switch_mask_and_stays_in_the_network(routes: str) -> None:
+    model = images(0.1)
+    net = dslify.insert(model, "1", 0.3, (batch(1),))
+    net.requires_grad_(True)
+    trained = training_network(net, model, (batch(2),), routes=routes)
+    loss = trained(batch()).square().mean() + dslify.dsl_loss(trained, beta=1e-3, anchor=0.0).total
+    loss.backward()
+    without = [name for name, parameter in net.named_parameters() if parameter.grad is None]
+    assert without == []
+    before = {name: value.detach().clone() for name, value in net.named_parameters()}
+    torch.optim.SGD(net.parameters(), 0.1).step()
+    still = [name for name, value in net.named_parameters() if torch.equal(value, before[name])]
+    assert all(".conv.bias" in name for name in still), still  # a BatchNorm takes the bias of its convolution away
+
+
+def test_the_light_loss_gives_the_full_path_no_gradient_in_joint_training_either() -> None:
+    model = images()
+    net = dslify.insert(model, "1", 0.3, (batch(1),))
+    net.requires_grad_(True)
+    trained = training_network(net, model, (batch(2),))
+    trained(batch())
+    dslify.dsl_loss(trained, beta=0.0, anchor=0.0).total.backward()
+    (layer,) = dslify.dsl_layers(net)
+    assert all(parameter.grad is None for parameter in layer.full.parameters())
+    assert any(parameter.grad is not None for parameter in layer.light.parameters())
+
+
+def test_the_light_path_learns_with_batch_statistics_and_keeps_running_ones() -> None:
+    model = images()
+    net = dslify.insert(model, "1", 0.3, (batch(1),))
+    trained = training_network(net, model, (batch(2),))
+    (layer,) = dslify.dsl_layers(net)
+    before = {name: value.clone() for name, value in layer.light.named_buffers() if "running" in name}
+    assert before
+    trained(batch())
+    assert all(not torch.equal(layer.light.get_buffer(name), value) for name, value in before.items())
+
+
+def test_mixed_routes_give_on_the_light_answer_where_the_score_is_lowest() -> None:
+    model = images()
+    net = dslify.insert(model, "1", 0.3, (batch(1),))
+    trained = training_network(net, model, (batch(2),), routes="mixed", share=1 / 3)
+    given = trained(batch(6))
+    (layer,) = dslify.dsl_layers(trained)
+    paths = layer.paths
+    assert paths is not None
+    assert paths.light is not None
+    assert paths.full is not None
+    assert paths.light_taken is not None
+    assert int(paths.light_taken.sum()) == 2
+    assert paths.score[paths.light_taken].max() <= paths.score[~paths.light_taken].min()
+    for at, light in enumerate(paths.light_taken.tolist()):
+        chosen = (paths.light if light else paths.full)[0][at]
+        assert torch.equal(given[at], chosen)
+
+
+def test_with_a_scope_the_rest_of_the_model_trains_too() -> None:
+    model = Coder()
+    net = dslify.insert(model, "encoder.1", 0.3, (batch(1),), scope="encoder")
+    net.requires_grad_(True)
+    trained = training_network(net, model, (batch(2),))
+    (trained(batch()).square().mean() + dslify.dsl_loss(trained, anchor=0.0).total).backward()
+    assert net.decoder.weight.grad is not None  # type: ignore[union-attr]
+    torch.testing.assert_close(trained(batch()), model.train()(batch()), rtol=SAME, atol=SAME)
+
+
+def test_refusals_say_what_is_wrong() -> None:
+    model = images()
+    net = dslify.insert(model, "1", 0.3, (batch(1),))
+    with pytest.raises(TrainError, match="routes is full or mixed"):
+        training_network(net, model, (batch(2),), routes="light")
+    other = images()
+    other[6] = nn.Linear(16, 9)  # type: ignore[operator]
+    with pytest.raises(DslifyError, match="does not have"):
+        training_network(net, other, (batch(2),))
+    with pytest.raises(TrainError, match="without `to`"):
+        training_network(dslify.insert(model, "1", 0.3, (batch(1),), to="2"), model, (batch(2),))
+    with pytest.raises(TrainError, match="2"):
+        training_network(dslify.insert(net, "2", 0.3, (batch(1),)), model, (batch(2),))
