@@ -25,7 +25,7 @@ _ROOMS = {
     "plan": ["Plan"],
     "store": ["load", "save"],
     "losses": ["dsl_loss"],
-    "joint": ["training_network"],
+    "joint": ["Joint", "training_network"],
     "data": ["open_data"],
     "train": ["finetune"],
     "tradeoff": ["tradeoff"],
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .example_inputs import example_inputs_for as example_inputs_for
     from .insert import insert as insert
     from .insert import remove as remove
+    from .joint import Joint as Joint
     from .joint import training_network as training_network
     from .load import load_model as load_model
     from .losses import dsl_loss as dsl_loss

@@ -7,18 +7,24 @@ tensors of the network with the layer: what one learns the other has.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from .attempt import attempt, traced_copy
 from .capture import SECONDS, attempts, scope_inputs
 from .cut import Partition, find_cut, partition
 from .deadline import OutOfTime
-from .errors import CaptureError, TrainError, one_line
+from .errors import CaptureError, OptionError, TrainError, one_line
 from .functional import copied, op_name, put_tensor, tensor_at
 from .graft import assemble, batch_of, layout, region_module
+from .losses import dsl_loss
+from .output_losses import Kinds
+from .samples import Samples
+from .schedule import device_of
 from .switch import DSLayer, Layout, Paths
 
 ROUTES = ("full", "mixed")
@@ -60,6 +66,67 @@ class JointLayer(DSLayer):
         return outputs[0] if len(outputs) == 1 else outputs
 
 
+class JointObjective(nn.Module):
+    """Positions of samples -> (task, switch, light, mask), the parts of Eq. 5, unweighted, (4,).
+
+    network: from training_network(). task_loss: (output, batch, labels) -> a scalar; labels: where each sample's label
+    stands among the classes, int64, (batch,), or None where the data has no labels. loss, weights: as in dsl_loss().
+    """
+
+    NAMES = ("task", "switch", "light", "mask")
+
+    def __init__(
+        self,
+        network: nn.Module,
+        samples: Samples,
+        task_loss: Callable[[Any, Tensor, Tensor | None], Tensor],
+        loss: Kinds = "l1",
+        weights: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.network, self.samples, self.task_loss, self.how = network, samples, task_loss, (loss, weights)
+        self.labels = samples.class_indices() if any(samples.labels) else None
+
+    def forward(self, positions: Tensor) -> Tensor:
+        device = device_of(self.network)
+        batch = self.samples.batch(positions).to(device)
+        labels = None if self.labels is None else self.labels[positions].to(device)
+        task = self.task_loss(self.network(batch), batch, labels)
+        if not isinstance(task, Tensor) or task.numel() != 1 or not task.requires_grad:
+            found = f"{tuple(task.shape)}" if isinstance(task, Tensor) else type(task).__name__
+            raise TrainError(f"The task loss gave {found}; expected one number that depends on the network's output.")
+        loss, weights = self.how
+        parts = dsl_loss(self.network, loss=loss, weights=weights)
+        return torch.stack([task.reshape(()).to(parts.light.dtype), parts.switch, parts.light, parts.mask])
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A first phase of finetune() in which base, full path, light path, switch and mask learn together (Eq. 5).
+
+    model: the plain network that was cut, for its code; its weights are not used. task_loss: as in JointObjective.
+    steps, lr: of this phase. routes, share: see training_network(). Raises OptionError.
+    """
+
+    model: nn.Module
+    task_loss: Callable[[Any, Tensor, Tensor | None], Tensor]
+    steps: int = 400
+    lr: float = 3e-4
+    routes: str = "full"
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise OptionError(f"The steps of joint training are at least 1; got {self.steps}.")
+
+    def objective(self, net: nn.Module, samples: Samples, loss: Kinds, weights: Sequence[float] | None) -> nn.Module:
+        """The training network on these samples, with its losses. Raises as training_network() does."""
+        batch = samples.batch(range(min(2, len(samples)))).to(device_of(net))
+        model = self.model if device_of(self.model) == device_of(net) else copied(self.model).to(device_of(net))
+        network = training_network(net, model, (batch,), routes=self.routes, share=self.share)
+        return JointObjective(network, samples, self.task_loss, loss, weights)
+
+
 def training_network(
     net: nn.Module,
     model: nn.Module,
@@ -76,10 +143,11 @@ def training_network(
     light answers with "mixed", in (0, 1).
 
     Run it on a batch, then add dsl_loss(it) to the task's own loss and step an optimizer over net.parameters().
-    Raises CaptureError when `model` cannot be captured in training mode, TrainError when that graph does not fit `net`.
+    Raises OptionError for other routes, CaptureError when `model` cannot be captured in training mode, TrainError when
+    that graph does not fit `net`.
     """
     if routes not in ROUTES or not 0 < share < 1:
-        raise TrainError(f"routes is full or mixed and share lies between 0 and 1; got {routes!r} and {share}.")
+        raise OptionError(f"routes is full or mixed and share lies between 0 and 1; got {routes!r} and {share}.")
     graph, layer = _only_layer(net)
     if routes == "mixed" and not layer.routable:
         raise TrainError(

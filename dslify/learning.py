@@ -6,6 +6,7 @@ from typing import Any
 
 from . import options as o
 from .console import Output, dslified, read_data, size_of
+from .errors import OptionError
 from .named import named_function
 from .options import hertz, number, numbers, run_folder, runs_beside, seconds, whole, words
 from .processes import place
@@ -28,6 +29,14 @@ def finetune(
     precision: o.Precision = "32-true",
     accumulate: o.Accumulate = "1",
     patience: o.Patience = None,
+    joint: o.JointModel = None,
+    task_loss: o.TaskLoss = None,
+    joint_steps: o.JointSteps = "400",
+    joint_lr: o.JointRate = "0.0003",
+    routes: o.Routes = "full",
+    trust: o.Trust = None,
+    code: o.Code = None,
+    arch: o.Arch = None,
     rate: o.Rate = None,
     segment: o.Segment = None,
     labels: o.Labels = None,
@@ -67,12 +76,19 @@ def finetune(
         "threads": None if threads is None else whole("threads", threads, least=1),
     }
     rate_hz, length = hertz(rate), seconds(segment)
+    if (joint is None) != (task_loss is None):
+        raise OptionError("--joint and --task-loss go together: the plain network, and what its training minimises.")
+    together: dict[str, Any] = {"steps": whole("joint-steps", joint_steps, least=1), "routes": routes}
+    together["lr"] = number("joint-lr", joint_lr, "above 0", above=0)
     first = place().rank == 0  # of several processes one writes and prints
     with Output(as_json and first, quiet or not first) as out:
         net = dslified(file)
+        from . import Joint, load_model, report, save
         from . import finetune as train
-        from . import report, save
 
+        if joint is not None and task_loss is not None:
+            plain = load_model(joint, trust=trust or (), code=code or (), arch=arch)
+            options["joint"] = Joint(plain, named_function(task_loss, "--task-loss"), **together)
         folder = run_dir or run_folder(file, resume)
         samples = read_data(net, data, rate_hz, length, out, labels, workers)
         others = None if switch_data is None else read_data(net, switch_data, rate_hz, length, out, labels, workers)

@@ -133,14 +133,6 @@ def class_balance(positive: Tensor) -> Tensor:
     return torch.where(positive, count / (2 * found), count / (2 * (count - found)))
 
 
-def compression_loss(weights: Tensor) -> Tensor:
-    """L_comp (Eq. 2): L1 norm of the mask's weights; a scalar.
-
-    L_comp = ||W_M||_1
-    """
-    return weights.abs().sum()
-
-
 def anchor_loss(
     full: Sequence[Any],
     original: Sequence[Any] | None,
@@ -196,6 +188,8 @@ def dsl_loss(
     layers = required_layers(net)
     parts = []
     for layer in layers:
+        if layer.switch.kind == "positive":
+            raise TrainError("dsl_loss is for switches, and this layer has a gate, which learns labels (gate_loss).")
         paths = layer.paths
         if paths is None or paths.full is None or paths.light is None:
             ran = "no forward" if paths is None else "a forward that did not run both paths on the whole batch"
@@ -206,7 +200,7 @@ def dsl_loss(
             (
                 switch_loss(paths.score, difference(_stopped(paths.light), _stopped(paths.full), *about)),
                 light_loss(paths.light, paths.full, *about, how),
-                compression_loss(layer.mask.weight),
+                layer.mask.penalty(paths.masked),
                 anchor_loss(paths.full, paths.original, *about, how),
             )
         )

@@ -104,6 +104,21 @@ Patience = Annotated[
     str | None,
     typer.Option("--patience", metavar="N", help="stop a phase after N checkpoints without gain on held-out sources"),
 ]
+JointModel = Annotated[
+    str | None,
+    typer.Option("--joint", metavar="MODEL", help="first train all of it together; the plain network, for its code"),
+]
+TaskLoss = Annotated[
+    str | None,
+    typer.Option(
+        "--task-loss", metavar="PKG.MOD:FUNCTION", help="with --joint: (output, batch, labels) -> loss of the task"
+    ),
+]
+JointSteps = Annotated[str, typer.Option("--joint-steps", metavar="N", help="steps of --joint")]
+JointRate = Annotated[str, typer.Option("--joint-lr", metavar="RATE", help="learning rate of --joint")]
+Routes = Annotated[
+    str, typer.Option("--routes", metavar="WORD", help="with --joint, what follows the layer reads: full or mixed")
+]
 CheckpointEvery = Annotated[str, typer.Option("--checkpoint-every", metavar="N", help="steps between checkpoints")]
 Fit = Annotated[bool, typer.Option(help="start the light path from a least-squares fit")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,6 +33,17 @@ class Options:
     precision: str = "32-true"
     accumulate: int = 1
     patience: int | None = None
+    joint_steps: int = 0
+    joint_lr: float = 3e-4
+
+    @property
+    def light_end(self) -> int:
+        """The run's step after which the switch phase begins."""
+        return self.joint_steps + self.steps
+
+    @property
+    def end(self) -> int:
+        return self.light_end + self.switch_steps
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -40,15 +52,13 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is at least 1; got {value}.")
-        for name in ("steps", "switch_steps", "cache_bytes"):
+        for name in ("steps", "switch_steps", "joint_steps", "cache_bytes"):
             if getattr(self, name) < 0:
                 raise OptionError(f"{name} is 0 or more; got {getattr(self, name)}.")
-        for name in ("lr", "alpha", "beta", "anchor"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (name in ("lr", "alpha") and value == 0):
-                raise OptionError(
-                    f"{name} is a {'positive' if name in ('lr', 'alpha') else 'non-negative'} number; got {value}."
-                )
+        for name in ("lr", "joint_lr", "alpha", "beta", "anchor"):
+            value, positive = getattr(self, name), name not in ("beta", "anchor")
+            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                raise OptionError(f"{name} is a {'positive' if positive else 'non-negative'} number; got {value}.")
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,10 @@ class Phase:
 class History:
     """What finetune() did.
 
-    phases: "light" and "switch", those that ran. scale: per layer and output, mean absolute full output. unseen: mean
-    relative difference between light and full on the switch's data, which the light path was not fitted to; None
-    without a switch phase. cached: the fast path was used. fitted: a light path started from a least-squares fit.
-    kept: with early stopping, the step of each phase whose weights were kept, out of all that ran. data: samples,
+    phases: "joint", "light" and "switch", those that ran. scale: per layer and output, mean absolute full output.
+    unseen: mean relative difference between light and full on the switch's data, which the light path was not fitted
+    to; None without a switch phase. cached: the fast path was used. fitted: a light path started from a least-squares
+    fit. kept: with early stopping, the step of each phase whose weights were kept, out of all that ran. data: samples,
     sources and a digest for "light" and "switch". fingerprints: a hash of every sample seen (not part of the JSON;
     data.json in the run folder).
     """
@@ -111,3 +121,13 @@ class History:
         ]  # fmt: skip
         rest = {name: value for name, value in asdict(self).items() if name not in ("phases", "fingerprints")}
         return {"phases": phases, **rest}
+
+
+def phases_of(lines: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
+    """The curves of a history with one line a step."""
+    found = []
+    for name in dict.fromkeys(line["phase"] for line in lines):
+        own = [line for line in lines if line["phase"] == name]
+        parts = [part for part in own[0] if part not in ("step", "phase", "lr", "seconds", "held_out")]
+        found.append(Phase(name, {part: tuple(line[part] for line in own) for part in parts}, own[-1]["seconds"]))
+    return tuple(found)

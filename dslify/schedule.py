@@ -92,8 +92,11 @@ def load_trained_state(layer: DSLayer, saved: dict[str, Any]) -> None:
     layer.scale.copy_(saved["scale"])
 
 
-def frozen_digest(net: nn.Module, layers: Sequence[DSLayer]) -> str:
-    """A hash of all that training leaves alone and of the shapes of the rest: of the network, however far trained."""
+def frozen_digest(net: nn.Module, layers: Sequence[DSLayer], joint: bool = False) -> str:
+    """A hash of all that training leaves alone and of the shapes of the rest: of the network, however far trained.
+
+    joint: nothing is left alone.
+    """
     trained = {id(value) for layer in layers for value in (layer.threshold, layer.scale)}
     for layer in layers:
         for name in TRAINED:
@@ -101,6 +104,6 @@ def frozen_digest(net: nn.Module, layers: Sequence[DSLayer]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(net.state_dict(keep_vars=True).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        if id(value) not in trained:
+        if not joint and id(value) not in trained:
             digest.update(raw_bytes(value))
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """finetune(): teach the light path to answer like the full one, then the switch to predict how well it does.
 
+    joint      only if asked for: the whole network and the layer, end to end with a task loss (Eq. 5)
     gather     one pass over the data of the light phase: the output scale, and what the paths read and should answer
     fit        a closed-form start of the light path, layer by layer
     light      L_lwd, and with beta > 0 the mask too: beta L_comp + anchor L_anchor; base and full path frozen
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 from .data import open_data
 from .errors import OptionError
 from .gate import gates
+from .joint import Joint
 from .omega import omega
 from .output_losses import Kinds
 from .run_folder import RunFolder, stop_requests
-from .runs import History, Options
+from .runs import History, Options, phases_of
 from .samples import Samples, show_progress, split
 from .schedule import device_of, frozen, frozen_digest, reproducible
 from .switch import DSLayer, required_layers, route
@@ -70,6 +72,7 @@ def finetune(
     precision: str = "32-true",
     accumulate: int = 1,
     patience: int | None = None,
+    joint: Joint | None = None,
 ) -> History:
     """Train light path, mask and switch of every Dynamic Switch Layer of `net`, in place; base and full stay frozen.
 
@@ -94,6 +97,8 @@ def finetune(
     precision. accumulate: parts of a step that run one after another, of batch_size samples each.
     patience: with a number, a tenth of each phase's sources is held out and judged every `checkpoint_every` steps; a
     phase ends when that many judgings in a row brought nothing better, with the best state (best.pt in the run folder).
+    joint: a first phase in which base and full path learn too, end to end with a task loss (dslify.Joint); its labels
+    are those of train_data. The other phases follow on what it leaves.
 
     Trains where the network is (CPU or GPU). Afterwards it is in eval mode and every requires_grad is as it was.
     Under torchrun the processes divide each step's batch; data, options and result are the same in all of them, and the
@@ -107,12 +112,14 @@ def finetune(
     shares = None if weights is None else tuple(map(float, weights))
     options = Options(
         steps, switch_steps, batch_size, lr, alpha, beta, anchor, seed, fit, cache_bytes, loss, shares, precision,
-        accumulate, patience,
+        accumulate, patience, *(() if joint is None else (joint.steps, joint.lr)),
     )  # fmt: skip
     if checkpoint_every < 1 or (threads is not None and threads < 1):
         raise OptionError(f"checkpoint_every and threads are at least 1; got {checkpoint_every} and {threads}.")
     layers = required_layers(net)
     team = Team(device_of(net), precision)
+    if joint is not None and team.world > 1:
+        raise OptionError("Joint training runs in one process: batch statistics are not shared between several.")
     progress = progress if team.first else False
     where = None if run_dir is None else Path(run_dir)
     if resume:
@@ -127,7 +134,7 @@ def finetune(
     if shared := len(set(seen["light"]).intersection(seen.get("switch", ()))):
         notes += (f"{shared} samples taught both the light path and the switch, which makes the switch too sure",)
     digests = {f"{name}_data": entry["digest"] for name, entry in data.items()}
-    config = {**asdict(options), **digests, "network": frozen_digest(net, layers)}
+    config = {**asdict(options), **digests, "network": frozen_digest(net, layers, joint is not None)}
     if patience is not None:
         config["checkpoint_every"] = checkpoint_every  # which decides when a phase is over
     if wanted:
@@ -140,6 +147,7 @@ def finetune(
         stack.enter_context(route(net, "both"))
         bar = stack.enter_context(show_progress(progress))
         run = Run(net, layers, options, checkpoint_every, bar, team, wanted)
+        together = None if joint is None else joint.objective(net, parts["light"], loss, shares)
         if where is not None:
             going_on = team.lead(lambda: _open(run, where, config, seen, resume))
             if going_on is not None:
@@ -150,6 +158,8 @@ def finetune(
         try:
             first = next(iter(parts.values()))
             team.check_precision(net, layers, first.batch(range(min(batch_size, len(first)))).to(run.device))
+            if together is not None:
+                run.joint_phase(together, parts["light"])
             run.light_phase(parts["light"])
             if "switch" in parts:
                 run.switch_phase(parts["switch"])
@@ -159,7 +169,7 @@ def finetune(
                 run.folder.discard()  # a start that is refused leaves nothing behind
             raise
     return History(
-        phases=run.phases(),
+        phases=phases_of(run.lines),
         scale=tuple(tuple(layer.scale.tolist()) for layer in layers),
         unseen=run.unseen,
         cached=run.cached,

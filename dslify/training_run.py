@@ -14,11 +14,12 @@ from .early_stop import EarlyStop
 from .errors import TrainError
 from .gate import GatedMaskObjective, GateObjective, fill_answers, gates
 from .gather import LightObjective, Reader, SwitchObjective, gather, judge
+from .joint import JointObjective
 from .objectives import SPARSITY, Objectives
 from .output_losses import output_losses
 from .refit import BATCH, SAMPLES, refit
 from .run_folder import RunFolder
-from .runs import Options, Phase
+from .runs import Options
 from .samples import Samples
 from .schedule import device_of, load_trained_state, positions, rate_share, trained_state
 from .stepper import Diverged, Stepper
@@ -60,7 +61,7 @@ class Run:
         self.resumed_at: int | None = None
         self.folder: RunFolder | None = None  # of the first process alone
         self.stop_asked: Callable[[], bool] = lambda: False
-        self.bar, self.task = bar, bar.add_task("fine-tuning", total=options.steps + options.switch_steps)
+        self.bar, self.task = bar, bar.add_task("fine-tuning", total=options.end)
 
     def state(self) -> dict[str, Any]:
         """A checkpoint: everything that a step changes. The data's order is a function of seed and step."""
@@ -70,6 +71,7 @@ class Run:
             "optimizer": None if self.stepper is None else self.stepper.optimizer.state_dict(),
             "precision": None if precision is None else precision.state_dict(),
             "early_stop": self.stop.state(),
+            "network": self.net.state_dict() if self.options.joint_steps else None,
             "random": torch.get_rng_state(),
             "unseen": self.unseen,
             "cached": self.cached,
@@ -77,6 +79,8 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        if state["network"] is not None:
+            self.net.load_state_dict(state["network"])
         for layer, saved in zip(self.layers, state["layers"], strict=True):
             load_trained_state(layer, saved)
         self.saved, self.unseen = state, state["unseen"]
@@ -87,23 +91,42 @@ class Run:
         self.lines = lines
         self.bar.update(self.task, completed=self.step)
 
+    def joint_phase(self, objective: nn.Module, samples: Samples) -> None:
+        """Eq. 5 end to end: everything learns, but for the mask where beta is 0."""
+        options = self.options
+        if self.step >= options.joint_steps:
+            return
+        masks = [layer.mask for layer in self.layers]
+        still = {id(weight) for mask in masks for weight in mask.parameters()} if options.beta == 0 else set()
+        parameters = [one for one in objective.parameters() if one.is_floating_point() and id(one) not in still]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        everything = torch.arange(len(samples))
+        batch = options.batch_size * options.accumulate
+        parts = Objectives([(JointObjective.NAMES, objective)], masks if options.beta > 0 else ())
+        groups = [{"params": parameters}]
+        self._train("joint", parts, groups, (everything, everything[:0]), batch, (0, options.joint_steps))
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        self.net.eval()  # mask and switch are the training network's too
+
     def light_phase(self, samples: Samples) -> None:
         options = self.options
-        if "light" in self.stop.kept or (self.step >= options.steps and self.step > 0):
+        if "light" in self.stop.kept or (self.step >= options.light_end and self.step > options.joint_steps):
             return
         masked = [layer for layer in self.layers if options.beta > 0]
         # A layer behind a mask that moves sees other inputs at every step: nothing to keep then.
         room = options.cache_bytes if not masked or len(self.layers) == 1 else 0
         read = Reader(self.net, self.layers)
         scales, tables = gather(self.net, self.layers, self.batches, samples, room, bool(masked), read)
-        if self.step == 0:
+        if self.step == options.joint_steps:
             for layer, scale in zip(self.layers, scales, strict=True):
                 layer.scale.copy_(scale)
             if self.gates:
                 fill_answers(self.net, self.gates, self.batches, samples, ~self.positive["light"])
         self.cached = tables is not None
         chosen, held = self.stop.divide(samples, options.seed)
-        if self.step == 0 and options.fit and tables is not None:
+        if self.step == options.joint_steps and options.fit and tables is not None:
             seen = chosen[positions(len(chosen), min(SAMPLES, len(chosen)), 0, options.seed, "light")].split(BATCH)
             for layer, table in zip(self.layers, tables, strict=True):
                 self.fitted |= refit(self.net, layer, [table.take(part)[0] for part in seen])
@@ -117,7 +140,7 @@ class Run:
             known = read if len(answering) == len(self.layers) else None
             parts.append((names, LightObjective(self.net, answering, kept, samples, how, known)))
         if gating:
-            if self.step == 0:
+            if self.step == options.joint_steps:
                 for layer, seen in zip(gating, judge(self.net, gating, self.batches, samples)[0], strict=True):
                     layer.switch.standardise(seen)
             kept = None if tables is None else [tables[self.layers.index(layer)] for layer in gating]
@@ -136,19 +159,20 @@ class Run:
         if weights:
             groups.append({"params": weights, "weight_decay": 0.0})
         batch = options.batch_size * options.accumulate
-        self._train("light", Objectives(parts, masks), groups, (chosen, held), batch, (0, options.steps))
+        span = (options.joint_steps, options.light_end)
+        self._train("light", Objectives(parts, masks), groups, (chosen, held), batch, span)
         for parameter in (*paths, *weights):
             parameter.requires_grad_(False)
 
     def switch_phase(self, samples: Samples) -> None:
         options = self.options
-        end = options.steps + options.switch_steps
+        end = options.end
         if "switch" in self.stop.kept or self.step >= end:
             return
         features, actual = judge(self.net, self.layers, self.batches, samples)
         self.unseen = torch.stack([column.mean() for column in actual]).mean().item()
-        if self.step <= options.steps:
-            self.step = options.steps
+        if self.step <= options.light_end:
+            self.step = options.light_end
             for layer, seen in zip(self.layers, features, strict=True):
                 if not (options.steps and self._learns_with_mask(layer)):  # which has been fitted to its features
                     layer.switch.standardise(seen)
@@ -166,7 +190,7 @@ class Run:
             parameter.requires_grad_(True)
         batch = max(SWITCH_BATCH, options.batch_size * options.accumulate)
         shares = self.stop.divide(samples, options.seed)
-        self._train("switch", Objectives(parts), [{"params": parameters}], shares, batch, (options.steps, end))
+        self._train("switch", Objectives(parts), [{"params": parameters}], shares, batch, (options.light_end, end))
 
     def batches(self, samples: Samples, text: str) -> Iterator[tuple[int, Tensor]]:
         """(position of the first, batch) over all samples in order, with a bar."""
@@ -183,15 +207,6 @@ class Run:
         if self.folder is not None and not self.folder.finished:
             self.folder.save(self.step, self.state(), final=True)
 
-    def phases(self) -> tuple[Phase, ...]:
-        found = []
-        for name in dict.fromkeys(line["phase"] for line in self.lines):
-            lines = [line for line in self.lines if line["phase"] == name]
-            parts = [part for part in lines[0] if part not in ("step", "phase", "lr", "seconds", "held_out")]
-            losses = {part: tuple(line[part] for line in lines) for part in parts}
-            found.append(Phase(name, losses, lines[-1]["seconds"]))
-        return tuple(found)
-
     def _train(
         self,
         phase: str,
@@ -206,7 +221,9 @@ class Run:
         shares: positions of the samples to learn from, and of those held out to judge by. batch: samples in a step.
         """
         options, (begin, end), (chosen, held) = self.options, span, shares
-        pieces = options.accumulate if phase == "light" else 1
+        pieces = 1 if phase == "switch" else options.accumulate
+        peak = options.joint_lr if phase == "joint" else options.lr
+        judged = len(held) > 0 and self.stop.patience is not None
         self.stepper = stepper = Stepper(self.team, objectives, groups, options, pieces)
         self.team.agree(self.layers)
         if self.step > begin:
@@ -219,11 +236,11 @@ class Run:
         last = self._weights(objectives.names, 1.0)
         gone = next((line["seconds"] for line in reversed(self.lines) if line["phase"] == phase), 0.0)
         started = time.perf_counter() - gone
-        if self.stop.fresh and self.step < end:
+        if judged and self.stop.fresh and self.step < end:
             self.stop.offer(self._held_out(stepper, held, batch, last), self.step)
         while self.step < end:
             at = self.step - begin
-            rate = options.lr * rate_share(at, steps)
+            rate = peak * rate_share(at, steps)
             weights = self._weights(objectives.names, min(1.0, (at + 1) / (BETA_WARMUP * steps)))
             drawn = chosen[positions(len(chosen), batch, at, options.seed, phase)]
             try:
@@ -234,7 +251,7 @@ class Run:
             parts = dict(zip(objectives.names, losses, strict=True))
             line = {"step": self.step, "phase": phase, "lr": rate, **parts, "total": total}
             over = self.step == end
-            if self.stop.patience is not None and (over or self.step % self.checkpoint_every == 0):
+            if judged and (over or self.step % self.checkpoint_every == 0):
                 line["held_out"] = self._held_out(stepper, held, batch, last)
                 if self.stop.offer(line["held_out"], self.step) and self.folder is not None:
                     self.folder.save_best(self.step, self.state())
@@ -264,7 +281,12 @@ class Run:
 
     def _weights(self, names: Sequence[str], warm: float) -> list[float]:
         """What each loss weighs in the total; warm: the share of beta that is reached."""
-        others = {"mask": warm * self.options.beta, "anchor": self.options.anchor, **dict.fromkeys(SPARSITY, 0.0)}
+        others = {
+            "task": 1.0,
+            "mask": warm * self.options.beta,
+            "anchor": self.options.anchor,
+            **dict.fromkeys(SPARSITY, 0.0),
+        }
         return [others.get(name, self.options.alpha) for name in names]
 
     def _only_gates(self, layer: DSLayer) -> bool:
@@ -276,10 +298,11 @@ class Run:
         return self.options.beta > 0 and self._only_gates(layer)
 
     def _diverged(self, phase: str, found: str) -> str:
+        rate = self.options.joint_lr if phase == "joint" else self.options.lr
         kept = (
             "" if self.folder is None or not self.step else f" The checkpoints in {self.folder.checkpoints} are kept."
         )
         return (
             f"Training stopped at step {self.step + 1} ({phase} phase): {found} although data and full path are "
-            f"finite, so the trained part ran away; try a lower learning rate than {self.options.lr:g}.{kept}"
+            f"finite, so the trained part ran away; try a lower learning rate than {rate:g}.{kept}"
         )

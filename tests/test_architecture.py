@@ -13,13 +13,13 @@ ORDER = [
     "errors", "notes", "named", "omega", "files", "isolate", "garbage", "functional", "guards", "deadline",
     "obstacle", "readings", "recurrent", "attempt", "capture", "macs", "cut", "rules", "depth", "axes", "widths",
     "light", "layers", "inherit", "plan", "verify", "derive", "mask", "switch", "graft", "lengths", "answers",
-    "nest", "survey", "nameable", "graph_json", "first_layer", "example_inputs", "joint", "listing", "images",
-    "vouched", "pickle_symbols", "pickles", "archives", "load", "request", "insert", "stored_modules", "store",
+    "nest", "survey", "nameable", "graph_json", "first_layer", "example_inputs", "listing", "images", "vouched",
+    "pickle_symbols", "pickles", "archives", "load", "request", "insert", "stored_modules", "store",
     "output_losses", "losses", "audio", "workers", "samples", "wanted", "arrays", "folders", "items", "data",
-    "runs", "run_folder", "schedule", "gather", "gate", "refit", "processes", "team", "early_stop", "stepper",
-    "objectives", "training_run", "train", "cascade", "cost", "probe", "observe", "guarantee", "thresholds",
-    "tradeoff", "aim", "calibrate", "resampling", "rivals", "uses", "accuracy", "measure", "tables", "evaluated",
-    "report", "cut_tree", "picture", "explained", "options", "console", "demo", "learning", "cli",
+    "runs", "run_folder", "schedule", "gather", "gate", "refit", "processes", "team", "joint", "early_stop",
+    "stepper", "objectives", "training_run", "train", "cascade", "cost", "probe", "observe", "guarantee",
+    "thresholds", "tradeoff", "aim", "calibrate", "resampling", "rivals", "uses", "accuracy", "measure", "tables",
+    "evaluated", "report", "cut_tree", "picture", "explained", "options", "console", "demo", "learning", "cli",
 ]  # fmt: skip
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 import dslify
-from dslify.errors import DslifyError, TrainError
-from dslify.joint import training_network
+from dslify.data import open_data
+from dslify.errors import DslifyError, OptionError, TrainError
+from dslify.joint import Joint, training_network
+from dslify.runs import History
+from dslify.samples import Samples
 
 SAME = 1e-5  # relative: training graph against the model's own forward in training mode
 
@@ -159,10 +165,85 @@ def test_with_a_scope_the_rest_of_the_model_trains_too() -> None:
     torch.testing.assert_close(trained(batch()), model.train()(batch()), rtol=SAME, atol=SAME)
 
 
+def classes(count: int, seed: int = 0) -> Samples:
+    """Pictures whose class is the channel that is brightest."""
+    random = torch.Generator().manual_seed(seed)
+    label = torch.randint(3, (count,), generator=random)
+    pictures = torch.randn(count, 3, 12, 12, generator=random)
+    pictures[torch.arange(count), label] += 1.0
+    return open_data(pictures, (3, 12, 12), labels=[f"c{at}" for at in label], progress=False)
+
+
+def cross_entropy(output: Tensor, batch: Tensor, labels: Tensor | None) -> Tensor:
+    assert labels is not None
+    assert len(batch) == len(output)
+    return nn.functional.cross_entropy(output, labels)
+
+
+def jointly(net: nn.Module, model: nn.Module, steps: int = 40, **options: Any) -> History:
+    joint = Joint(model, cross_entropy, steps=steps, lr=1e-2, routes=options.pop("routes", "full"))
+    return dslify.finetune(
+        net, classes(64), steps=6, switch_steps=6, batch_size=8, joint=joint, progress=False, **options
+    )
+
+
+@pytest.mark.parametrize("routes", ["full", "mixed"])
+def test_finetune_learns_the_task_end_to_end_and_light_and_switch_after_it(routes: str) -> None:
+    model = images(0.1)
+    net = dslify.insert(model, "1", 0.3, (batch(1),))
+    given = {name: value.clone() for name, value in net.state_dict().items()}
+    history = jointly(net, model, routes=routes, beta=1e-4)
+    assert [phase.name for phase in history.phases] == ["joint", "light", "switch"]
+    task = history.phases[0]
+    assert task.last("task") < 0.6 * task.first("task")
+    assert task.last("light") < task.first("light")
+    assert {"task", "switch", "light", "mask"} <= set(task.losses)
+    still = [name for name, value in net.state_dict().items() if torch.equal(value, given[name])]
+    assert all(name.endswith(("threshold", ".on", "magnitude")) for name in still), still
+    assert not any(module.training for module in net.modules())
+    test = classes(90, 5)
+    with torch.no_grad(), dslify.route(net, "full"):
+        right = (net(test.batch(range(90))).argmax(1) == test.class_indices()).float().mean()
+    assert right > 0.7  # of three classes; running statistics and weights are the network's own
+
+
+def test_a_run_that_is_stopped_in_the_joint_phase_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = images(0.3)
+
+    def fresh() -> nn.Module:
+        return dslify.insert(model, "1", 0.3, (batch(1),))
+
+    unbroken = fresh()
+    jointly(unbroken, model, steps=12, run_dir=tmp_path / "one", checkpoint_every=5)
+    broken, count = fresh(), 0
+
+    def stop() -> None:
+        nonlocal count
+        count += 1
+        if count == 8:
+            raise RuntimeError("power cut")
+
+    def loss(output: Tensor, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        stop()
+        return cross_entropy(output, inputs, labels)
+
+    joint = Joint(model, loss, steps=12, lr=1e-2)
+    options: dict[str, Any] = {"steps": 6, "switch_steps": 6, "batch_size": 8, "checkpoint_every": 5}
+    with pytest.raises(RuntimeError, match="power cut"):
+        dslify.finetune(broken, classes(64), joint=joint, run_dir=tmp_path / "two", progress=False, **options)
+    again = fresh()
+    history = jointly(again, model, steps=12, run_dir=tmp_path / "two", checkpoint_every=5, resume=True)
+    assert history.resumed_at == 5
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
 def test_refusals_say_what_is_wrong() -> None:
     model = images()
     net = dslify.insert(model, "1", 0.3, (batch(1),))
-    with pytest.raises(TrainError, match="routes is full or mixed"):
+    with pytest.raises(OptionError, match="routes is full or mixed"):
         training_network(net, model, (batch(2),), routes="light")
     other = images()
     other[6] = nn.Linear(16, 9)  # type: ignore[operator]
@@ -170,5 +251,10 @@ def test_refusals_say_what_is_wrong() -> None:
         training_network(net, other, (batch(2),))
     with pytest.raises(TrainError, match="without `to`"):
         training_network(dslify.insert(model, "1", 0.3, (batch(1),), to="2"), model, (batch(2),))
+    with pytest.raises(OptionError, match="at least 1"):
+        Joint(model, cross_entropy, steps=0)
+    joint = Joint(model, lambda output, *_: output, steps=1)
+    with pytest.raises(TrainError, match="one number"):
+        dslify.finetune(net, classes(16), joint=joint, progress=False)
     with pytest.raises(TrainError, match="2"):
         training_network(dslify.insert(net, "2", 0.3, (batch(1),)), model, (batch(2),))

@@ -10,7 +10,6 @@ from dslify.errors import OptionError, TrainError
 from dslify.losses import (
     SCORE_FLOOR,
     anchor_loss,
-    compression_loss,
     difference,
     dsl_loss,
     light_loss,
@@ -109,10 +108,6 @@ def test_switch_loss_reaches_the_score_only_and_is_zero_at_the_truth():
 def test_switch_loss_is_the_log_ratio_far_from_the_truth():
     loss = switch_loss(torch.tensor([1.0 - SCORE_FLOOR]), torch.tensor([0.01 - SCORE_FLOOR]))
     assert loss.item() == pytest.approx(torch.tensor(100.0).log().item() - 0.5, rel=ROUNDING)
-
-
-def test_compression_loss_is_the_l1_norm():
-    assert compression_loss(torch.tensor([[1.0], [-2.0], [0.0]])).item() == 3.0
 
 
 def test_anchor_holds_full_to_the_original():
