@@ -10,6 +10,7 @@ with one seed on one machine give the same numbers.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -20,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 
 import dslify
 from dslify import report
@@ -30,7 +33,8 @@ from dslify.cost import Cost
 from dslify.data import open_data
 from dslify.errors import DslifyError, OptionError
 from dslify.measure import Evaluation
-from dslify.resampling import Interval
+from dslify.observe import collect
+from dslify.resampling import Interval, spearman
 from dslify.runs import History
 from dslify.samples import Samples, split
 from recipes.soundstream import CUT, SoundStream, pretrained
@@ -38,19 +42,22 @@ from recipes.soundstream.spectral import LogMelDistance
 
 SHARES = (0.3, 0.5, 0.8)
 OPTIONS = ("width", "steps", "switch_steps", "lr", "seed", "threads")
+LEARNING = (0.02, 0.1, 0.3, 1.0)  # shares of the switch's steps after which its correlation is looked at
 SHOWN = 0.5  # the share whose tables are printed
 BOUNDARY = "encoder"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run. evaluations: by the share asked for. seconds: of all stages together."""
+    """One run. evaluations: by the share asked for. learning: after so many steps, the rank correlation of the switch's
+    prediction with the actual difference, on the threshold's data. seconds: of all stages together."""
 
     costs: tuple[Cost, ...]
     history: History
     data: dict[str, Samples]
     calibrations: dict[float, Calibration]
     evaluations: dict[float, Evaluation]
+    learning: dict[int, float]
     seconds: float
 
 
@@ -107,6 +114,8 @@ def run(options: argparse.Namespace) -> Outcome:
         example_inputs=(codec.example_input_array,),
         seed=options.seed,
     )
+    (layer,) = dslify.dsl_layers(net)
+    untrained = copy.deepcopy(layer.switch.state_dict())
     history = dslify.finetune(
         net,
         data["light"],
@@ -125,7 +134,27 @@ def run(options: argparse.Namespace) -> Outcome:
         evaluations[share] = dslify.evaluate(
             net, data["test"], metric=lambda output, sound: distance(sound, output), seed=options.seed
         )
-    return Outcome(tuple(dslify.cost(net)), history, data, calibrations, evaluations, time.perf_counter() - start)
+    learning = {steps: correlation(net, untrained, data, steps, options) for steps in moments(options.switch_steps)}
+    costs = tuple(dslify.cost(net))
+    return Outcome(costs, history, data, calibrations, evaluations, learning, time.perf_counter() - start)
+
+
+def moments(steps: int) -> list[int]:
+    """Lengths of training at which the switch is looked at."""
+    return sorted({max(1, round(share * steps)) for share in LEARNING}) if steps else []
+
+
+def correlation(
+    net: nn.Module, untrained: dict[str, Any], data: dict[str, Samples], steps: int, options: argparse.Namespace
+) -> float:
+    """Rank correlation on the threshold's data, of a fresh switch that was trained for so many steps."""
+    again = copy.deepcopy(net)
+    (layer,) = dslify.dsl_layers(again)
+    layer.switch.load_state_dict(untrained)
+    common: dict[str, Any] = {"lr": options.lr, "seed": options.seed, "fit": False, "threads": options.threads}
+    dslify.finetune(again, data["switch"], switch_data=data["switch"], steps=0, switch_steps=steps, **common)
+    seen = collect(again, data["threshold"])
+    return float(spearman(seen.score, seen.difference, np.ones((1, len(seen.score))))[0])
 
 
 def sounds(folder: Path, codec: SoundStream, seed: int) -> dict[str, Samples]:
@@ -153,6 +182,13 @@ def tables(outcome: Outcome, options: argparse.Namespace) -> str:
         labels = sorted(set(samples.labels))
         kinds = ", ".join(f"{label} {samples.labels.count(label)}" for label in labels)
         lines.append(f"| {name} | {len(samples)} | {len(set(samples.sources))} | {kinds} |")
+    lines += ["", "| steps of the switch | " + " | ".join(map(str, outcome.learning)) + " |"]
+    lines += ["|---|" + "---|" * len(outcome.learning)]
+    lines += [
+        "| rank correlation on the threshold's data | "
+        + " | ".join(map(report.signed, outcome.learning.values()))
+        + " |"
+    ]
     lines += ["", *_routing(outcome), "", *_shares(outcome), "", *_predictions(outcome.evaluations[SHOWN]), ""]
     lines += [f"- asked for {report.percent(share)}: {found.verdict}" for share, found in outcome.evaluations.items()]
     lines += [
@@ -229,6 +265,7 @@ def document(outcome: Outcome, options: argparse.Namespace) -> dict[str, Any]:
             phase.name: {"first": phase.first(), "last": phase.last(), "seconds": phase.seconds}
             for phase in outcome.history.phases
         },
+        "switch_learning": {str(steps): found for steps, found in outcome.learning.items()},
         "unseen_difference": outcome.history.unseen,
         "calibrations": {str(share): found.to_json() for share, found in outcome.calibrations.items()},
         "evaluations": {str(share): found.to_json() for share, found in outcome.evaluations.items()},
