@@ -124,12 +124,8 @@ class AxisMap:
     @cached_property
     def weights(self) -> tuple[str, ...]:
         """Targets that are nn.Parameters, tied ones once."""
-        by_id = {
-            id(tensor_at(self.region, name)): name
-            for name in self.parameters
-            if isinstance(tensor_at(self.region, name), nn.Parameter)
-        }
-        return tuple(by_id.values())
+        held = {name: tensor_at(self.region, name) for name in self.parameters}
+        return tuple({id(value): name for name, value in held.items() if isinstance(value, nn.Parameter)}.values())
 
 
 def sizes(kept: Kept) -> Callable[[Axis], int]:
@@ -257,9 +253,10 @@ def _touch_strength(region: fx.GraphModule, parameters: Mapping[str, tuple[Axis,
     """How many parameter values each atom reaches."""
     strength: dict[Axis, int] = {}
     for name, axes in parameters.items():
+        count = tensor_at(region, name).numel()
         for axis in axes:
             for atom in set(axis.atoms()):
-                strength[atom] = strength.get(atom, 0) + tensor_at(region, name).numel()
+                strength[atom] = strength.get(atom, 0) + count
     return strength
 
 

@@ -80,8 +80,9 @@ class Flow:
                 nodes |= {node, *self.ancestors(node)}
 
 
-def exits(graph: fx.Graph) -> dict[str, fx.Node | str]:
-    """Module path -> the node that leaves it, or the reason why there is no single one.
+def exits(graph: fx.Graph, only: str | None = None) -> dict[str, fx.Node | str]:
+    """Module path -> the node that leaves it, or the reason why there is no single one. only: the one path asked for;
+    what is found for others is then not complete.
 
     A container that computes nothing itself (the `blocks` of `blocks.0`, `blocks.1` ...) is left by its parts' values.
     """
@@ -92,7 +93,13 @@ def exits(graph: fx.Graph) -> dict[str, fx.Node | str]:
         given = (node.meta.get("nn_module_stack") or {}) if node.op == "call_function" else {}
         of[node] = id(given) if given else 0
         if of[node] not in stacks:
-            stacks[of[node]] = {path: key for key, (path, _) in given.items() if path and not key.startswith("_empty")}
+            stacks[of[node]] = {
+                path: key
+                for key, (path, _) in given.items()
+                if path
+                and (only is None or path == only or path.startswith(f"{only}."))
+                and not key.startswith("_empty")
+            }
             for path, key in stacks[of[node]].items():
                 calls.setdefault(path, set()).add(key)
     around = {path: [outer for outer in _outer_paths(path) if outer not in calls] for path in calls}
@@ -131,15 +138,16 @@ def _outer_paths(path: str) -> list[str]:
 
 def find_cut(graph: fx.Graph, at: str, module: nn.Module | None = None) -> fx.Node:
     """The node of a module path or of a node name. Raises CutError with the nearest names, or the reason."""
-    places = exits(graph)
-    found = places.get(at) or next((node for node in graph.nodes if node.name == at and is_tensor(node)), None)
-    usable = [path for path, node in places.items() if isinstance(node, fx.Node)]
-    if isinstance(found, fx.Node):
-        if found.op in ("placeholder", "get_attr"):
-            raise CutError(
-                f"--at {at}: this is an input or a parameter; cut behind a layer, such as {', '.join(usable[:3])}."
-            )
+    found = exits(graph, at).get(at) or next(
+        (node for node in graph.nodes if node.name == at and is_tensor(node)), None
+    )
+    if isinstance(found, fx.Node) and found.op not in ("placeholder", "get_attr"):
         return found
+    usable = [path for path, node in exits(graph).items() if isinstance(node, fx.Node)]
+    if isinstance(found, fx.Node):
+        raise CutError(
+            f"--at {at}: this is an input or a parameter; cut behind a layer, such as {', '.join(usable[:3])}."
+        )
     near = difflib.get_close_matches(at, usable, n=3, cutoff=0) or usable[:3]
     if isinstance(found, str):
         raise CutError(

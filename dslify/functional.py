@@ -52,7 +52,9 @@ def put_tensor(module: nn.Module, target: str, value: Any) -> None:
     *path, name = target.split(".")
     for part in path:
         if part not in module._modules:
-            module.add_module(part, nn.Module())
+            between = nn.Module()
+            between.training = module.training
+            module.add_module(part, between)
         module = module._modules[part]  # type: ignore[assignment]
     if isinstance(value, nn.Parameter):
         module.register_parameter(name, value)
@@ -63,8 +65,10 @@ def put_tensor(module: nn.Module, target: str, value: Any) -> None:
 
 
 def empty_graph_module(class_name: str) -> fx.GraphModule:
-    """A graph module to put tensors into, and then its graph: fx would copy every tensor's name from another root."""
-    return fx.GraphModule(nn.Module(), fx.Graph(), class_name=class_name)
+    """A graph module in eval mode to put tensors into, and then its graph: from a root fx would copy name by name."""
+    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=class_name)
+    module.training = False
+    return module
 
 
 def parameters_read(module: nn.Module, nodes: Iterable[fx.Node]) -> int:

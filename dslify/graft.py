@@ -41,7 +41,7 @@ def _holding(module: fx.GraphModule, graph: fx.Graph, class_name: str) -> fx.Gra
         if node.op in ("get_attr", "call_module"):
             put_tensor(own, str(node.target), tensor_at(module, str(node.target)))
     own.graph = graph
-    return cast(fx.GraphModule, own.eval())
+    return own
 
 
 def region_inputs(module: fx.GraphModule, parts: Partition, captured: Graph) -> tuple[Any, ...]:

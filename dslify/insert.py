@@ -136,7 +136,7 @@ def insert_into(captured: Graph, request: Request, first: Layout | None = None) 
     narrow = request.answer == "narrow"
     if narrow:
         light_macs = axes.macs(kept, projected)
-        plain_macs = axes.macs(*decide(axes, derived.width, projection=False))
+        plain_macs = axes.macs(*decide(axes, derived.width, projection=False)) if projected else light_macs
     else:
         light_macs = plain_macs = count(derived.light, *inputs)[0] // len(layer.pooled(inputs[0]))
     layer.plan = Plan(

@@ -40,9 +40,10 @@ def strongest(axes: AxisMap, kept: Kept) -> dict[Axis, Tensor]:
 
 def _squared_norms(weight: Tensor, dims: list[int]) -> dict[int, Tensor]:
     """Per axis the sum of squares over all others, piece by piece: squares of the whole would leave the cache."""
-    if weight.dim() == 1:
-        return {0: weight.float().square().double()}
     others = {at: [dim for dim in range(weight.dim()) if dim != at] for at in dims}
+    if weight.numel() <= PIECE:
+        squares = weight.float().square()
+        return {at: (squares.sum(others[at]) if others[at] else squares).double() for at in dims}
     sums: dict[int, list[Tensor]] = {at: [] for at in dims}
     for piece in weight.split(max(1, PIECE * len(weight) // max(1, weight.numel()))):
         squares = piece.float().square()
@@ -87,7 +88,6 @@ def build(axes: AxisMap, kept: Kept, projected: frozenset[int] = frozenset()) ->
             put_tensor(root, str(node.target), _body(axes, tensor_at(axes.region, str(node.target)), size, kept))
         env[node] = _copied(graph, axes, node, size, kept, env)
     root.graph = graph
-    root.eval()
     return root
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import ChainMap
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from .axes import KINDS, AxisMap, sizes
 from .functional import symbolic
-from .rules import Axis
+from .rules import Axis, kept_size
 
 FREE = 0.02  # share of the light path's MACs and parameters that rounding to multiples of 4 may add, in all
 LESS = 0.1  # share of an axis' entries that rounding down to a multiple of 4 may take
@@ -22,8 +22,11 @@ PAYS = 0.1  # share of the light path's MACs that projections have to save
 def decide(axes: AxisMap, width: float, projection: bool = True) -> tuple[dict[Axis, int], frozenset[int]]:
     """What a light path of this width is: the kept size of every atom that shrinks, and the boundaries with a
     projection (none if `projection` is off)."""
-    projected = decide_projections(axes, width) if projection else frozenset()
-    return choose(axes, width, projected) if width < 1 else {}, projected
+    if width >= 1:
+        return {}, frozenset()
+    sizes_with = cache(lambda projected: choose(axes, width, projected))
+    projected = _projections(axes, sizes_with) if projection else frozenset()
+    return sizes_with(projected), projected
 
 
 def choose(axes: AxisMap, width: float, projected: frozenset[int] = frozenset()) -> dict[Axis, int]:
@@ -71,7 +74,7 @@ def _in_fours(axes: AxisMap, kept: dict[Axis, int], projected: frozenset[int]) -
         four = 4 * -(-count // 4)
         if four != count and WIDE <= atom.hint >= four:
             added = dict.fromkeys(KINDS, 0)
-            size = sizes(ChainMap({atom: four}, kept))
+            size = _with(kept, atom, four)
             for at in inside.get(atom, ()):
                 added[sums[at][0]] += worth(at, size) - now[at]
             prices.append((max(added[kind] / whole[kind] for kind in KINDS), four, atom))
@@ -82,6 +85,11 @@ def _in_fours(axes: AxisMap, kept: dict[Axis, int], projected: frozenset[int]) -
             break
         kept[atom] = four
     return kept
+
+
+def _with(kept: dict[Axis, int], changed: Axis, count: int) -> Callable[[Axis], int]:
+    """Sizes of terms when one atom keeps another number of entries."""
+    return lambda axis: kept_size(axis, lambda atom: count if atom is changed else kept.get(atom, atom.hint))
 
 
 def _products(axes: AxisMap) -> Iterator[Axis]:
@@ -112,13 +120,19 @@ def decide_projections(axes: AxisMap, width: float) -> frozenset[int]:
 
     A projection is a bottleneck as well, so the set has to save at least PAYS of the light path's MACs.
     """
+    return decide(axes, width)[1]
+
+
+def _projections(axes: AxisMap, sizes_with: Callable[[frozenset[int]], dict[Axis, int]]) -> frozenset[int]:
+    """As decide_projections; sizes_with: what choose() gives with these projections."""
     candidates = [at for at, boundary in enumerate(axes.boundaries) if _projectable(axes, at)]
 
+    @cache
     def cost(chosen: frozenset[int]) -> tuple[int, int]:
-        kept = choose(axes, width, chosen)
+        kept = sizes_with(chosen)
         return axes.macs(kept, chosen), axes.params(kept, chosen)
 
-    if width >= 1 or not candidates:
+    if not candidates:
         return frozenset()
     chosen = frozenset(candidates)
     best = cost(chosen)
