@@ -9,8 +9,10 @@ import pytest
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import dslify
+from dslify.cli import app
 from dslify.data import open_data
 from dslify.errors import DslifyError, OptionError, TrainError
 from dslify.joint import Joint, training_network
@@ -258,3 +260,14 @@ def test_refusals_say_what_is_wrong() -> None:
         dslify.finetune(net, classes(16), joint=joint, progress=False)
     with pytest.raises(TrainError, match="2"):
         training_network(dslify.insert(net, "2", 0.3, (batch(1),)), model, (batch(2),))
+
+
+def test_the_command_takes_the_plain_network_and_the_task_loss_together(tmp_path: Path) -> None:
+    file = dslify.save(dslify.insert(images(), "1", 0.3, (batch(1),)), tmp_path / "net.dsl")
+    before = file.read_bytes()
+    for words in (("--joint", "timm:resnet18"), ("--task-loss", "pkg.mod:function")):
+        result = CliRunner().invoke(app, ["finetune", str(file), "--data", str(tmp_path), *words])
+        assert result.exit_code == 2
+        assert "--joint and --task-loss go together" in result.output
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.dsl"]
