@@ -32,6 +32,11 @@ def gates(layers: Sequence[DSLayer]) -> tuple[DSLayer, ...]:
     return tuple(layer for layer in layers if layer.switch.kind == GATE)
 
 
+def only_gates(layer: DSLayer) -> bool:
+    """A gate whose light path has nothing to learn: none, or a constant answer, which is set and not trained."""
+    return bool(gates([layer])) and all(name.startswith("answer") for name, _ in layer.light.named_parameters())
+
+
 class GateObjective(nn.Module):
     """Positions of samples -> L_gate summed over the gates, (1,), from features that no longer change.
 

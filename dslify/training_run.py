@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .early_stop import EarlyStop
 from .errors import TrainError
-from .gate import GatedMaskObjective, GateObjective, fill_answers, gates
+from .gate import GatedMaskObjective, GateObjective, fill_answers, gates, only_gates
 from .gather import LightObjective, Reader, SwitchObjective, gather, judge
 from .joint import JointObjective
 from .objectives import SPARSITY, Objectives
@@ -130,8 +130,8 @@ class Run:
             seen = chosen[positions(len(chosen), min(SAMPLES, len(chosen)), 0, options.seed, "light")].split(BATCH)
             for layer, table in zip(self.layers, tables, strict=True):
                 self.fitted |= refit(self.net, layer, [table.take(part)[0] for part in seen])
-        answering = [layer for layer in self.layers if not self._only_gates(layer)]  # whose light path can learn
-        gating = [layer for layer in self.layers if self._learns_with_mask(layer)]
+        answering = [layer for layer in self.layers if not only_gates(layer)]  # whose light path can learn
+        gating = [layer for layer in masked if only_gates(layer)]  # whose gate learns with its mask
         parts: list[tuple[Sequence[str], nn.Module]] = []
         if answering:
             names = ("light", "mask", "anchor") if masked else ("light",)
@@ -174,7 +174,8 @@ class Run:
         if self.step <= options.light_end:
             self.step = options.light_end
             for layer, seen in zip(self.layers, features, strict=True):
-                if not (options.steps and self._learns_with_mask(layer)):  # which has been fitted to its features
+                together = options.steps and options.beta > 0 and only_gates(layer)
+                if not together:  # else the gate is fitted to its features since the light phase
                     layer.switch.standardise(seen)
         parts: list[tuple[Sequence[str], nn.Module]] = []
         plain = [at for at, layer in enumerate(self.layers) if layer not in self.gates]
@@ -288,14 +289,6 @@ class Run:
             **dict.fromkeys(SPARSITY, 0.0),
         }
         return [others.get(name, self.options.alpha) for name in names]
-
-    def _only_gates(self, layer: DSLayer) -> bool:
-        """A gate whose light path has nothing to learn: none, or a constant answer, which is set and not trained."""
-        return layer in self.gates and all(name.startswith("answer") for name, _ in layer.light.named_parameters())
-
-    def _learns_with_mask(self, layer: DSLayer) -> bool:
-        """A gate that takes part in the light phase, so that its mask keeps what the decision needs."""
-        return self.options.beta > 0 and self._only_gates(layer)
 
     def _diverged(self, phase: str, found: str) -> str:
         rate = self.options.joint_lr if phase == "joint" else self.options.lr
