@@ -56,11 +56,17 @@ class JointLayer(DSLayer):
         outputs = full
         count = len(score)
         if self.routes == "mixed" and (cheap := round(self.share * count)):
-            order = score.detach().argsort()
-            taken, rest = order[:cheap].sort().values, order[cheap:].sort().values
-            self.paths = replace(self.paths, light_taken=score.new_zeros(count).index_fill(0, taken, 1.0).bool())
+            taken = torch.zeros_like(score, dtype=torch.bool).index_fill(0, score.detach().argsort()[:cheap], True)
+            self.paths = replace(self.paths, light_taken=taken)
+            at_light, at_full = taken.nonzero().squeeze(1), (~taken).nonzero().squeeze(1)
             outputs = tuple(
-                self._merge(place, place.take(mine, taken, count), place.take(theirs, rest, count), taken, rest)
+                self._merge(
+                    place,
+                    place.take(mine, at_light, count),
+                    place.take(theirs, at_full, count),
+                    at_light,
+                    at_full,
+                )
                 for place, mine, theirs in zip(self.outputs, light, full, strict=True)
             )
         return outputs[0] if len(outputs) == 1 else outputs

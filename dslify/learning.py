@@ -148,7 +148,6 @@ def calibrate(
         net = dslified(file)
         from . import calibrate as set_threshold
         from . import report, save
-        from .named import named_function
         from .tradeoff import curve_path
 
         asked["curve"] = None if curve is None else curve_path(curve, force)
