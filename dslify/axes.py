@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .functional import graphs_in, hint_of, inner_graph, is_tensor, op_name, tensor_at
-from .rules import RULES, Axis, Binding, Reason, kept_size
+from .rules import RULES, UNCOUNTED, Axis, Binding, Reason, kept_size
 
 Kept = Mapping[Axis, int]
 KINDS = ("macs", "params")  # of work
@@ -139,7 +139,7 @@ def analyse(region: fx.GraphModule, distrusted: Mapping[str, str] | None = None,
     distrusted: node name -> why its row is not believed; such a node freezes what it touches, as one without a row.
     samples: batch size of the captured values; by default the first axis of the first input.
     """
-    b, parameters = _bound(region, region.graph.nodes, distrusted or {})
+    b, parameters = _bound(region, distrusted or {})
     inputs = [node for node in region.graph.nodes if node.op == "placeholder" and is_tensor(node)]
     outputs = [node for node in list(region.graph.nodes)[-1].all_input_nodes if is_tensor(node)]
     ties: dict[Axis, set[tuple[int, int]]] = {}
@@ -159,21 +159,27 @@ def node_macs(module: fx.GraphModule, samples: int, among: Iterable[fx.Node] | N
 
     samples: batch size of the captured values. among: the nodes to look at, in order, with all that they read.
     """
-    b, _ = _bound(module, module.graph.nodes if among is None else among, {})
+    b = Binding(_hints(module))
     found: dict[fx.Node, int] = {}
+    for node in module.graph.nodes if among is None else among:  # where nothing is counted shapes will do for axes
+        if node.op == "get_attr":
+            tensor = tensor_at(module, str(node.target))
+            b.terms[node] = b.parameter(tensor) if isinstance(tensor, Tensor) else ()
+        elif node.op == "placeholder" or op_name(node) in UNCOUNTED:
+            b.terms[node] = b.fixed_outputs(node, "")
+        elif node.op != "output":
+            b.terms[node] = _bind(b, node, {})
     for node, factors in b.macs:
         found[node] = found.get(node, 0) + math.prod(axis.find().hint for axis in factors)
     return {node: macs // samples for node, macs in found.items()}
 
 
-def _bound(
-    module: fx.GraphModule, nodes: Iterable[fx.Node], distrusted: Mapping[str, str]
-) -> tuple[Binding, dict[str, tuple[Axis, ...]]]:
-    """The rows of these nodes, run, and the axes of the parameters among them."""
+def _bound(module: fx.GraphModule, distrusted: Mapping[str, str]) -> tuple[Binding, dict[str, tuple[Axis, ...]]]:
+    """The rows of a module's nodes, run, and the axes of its parameters."""
     b = Binding(_hints(module))
     parameters: dict[str, tuple[Axis, ...]] = {}
     tied: dict[int, tuple[Axis, ...]] = {}
-    for node in nodes:
+    for node in module.graph.nodes:
         if node.op == "placeholder":
             shape = node.meta["val"].shape if is_tensor(node) else ()
             b.terms[node] = tuple(b.one() if size == 1 else b.neutral(size) for size in shape)

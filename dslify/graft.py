@@ -193,27 +193,24 @@ def layout(node: fx.Node, batch: Any) -> Layout | None:
 
 
 def assemble(module: fx.GraphModule, parts: Partition, layer: DSLayer) -> fx.GraphModule:
-    """base, the layer as one node, tail."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    """base, the layer as one node, tail: a new module around the graph of `module`, which is used up."""
+    graph, last = module.graph, list(module.graph.nodes)[-1]
     name = next(name for name in ("dsl", *(f"dsl_{i}" for i in range(1, 100))) if not hasattr(module, name))
     module.add_submodule(name, layer)
-    for node in parts.base:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    call = graph.call_module(name, tuple(env[node] for node in (parts.cut, *parts.crossing)))
-    if len(parts.outputs) == 1:
-        env[parts.outputs[0]] = call
-        call.meta["val"] = parts.outputs[0].meta.get("val")
-    else:
-        call.meta["val"] = tuple(node.meta.get("val") for node in parts.outputs)
+    with graph.inserting_before(last):
+        call = graph.call_module(name, (parts.cut, *parts.crossing))
+        values = [node.meta.get("val") for node in parts.outputs]
+        call.meta["val"] = values[0] if len(values) == 1 else tuple(values)
         for at, node in enumerate(parts.outputs):
-            env[node] = graph.call_function(operator.getitem, (call, at))
-            env[node].meta["val"] = node.meta.get("val")
-    for node in (*parts.tail, list(module.graph.nodes)[-1]):
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.set_codegen(module.graph._codegen)
-    for node in reversed(graph.nodes):  # parameters that only the region read
-        if node.op == "get_attr" and not node.users:
+            given = call if len(values) == 1 else graph.call_function(operator.getitem, (call, at))
+            given.meta["val"] = values[at]
+            node.replace_all_uses_with(given)
+    for node in parts.tail:  # the base runs as a whole before the layer, the tail after it
+        last.prepend(node)
+    for node in reversed(parts.region):
+        graph.erase_node(node)
+    for node in graph.find_nodes(op="get_attr"):  # parameters that only the region read
+        if not node.users:
             graph.erase_node(node)
     return _holding(module, graph, module.__class__.__name__)
 

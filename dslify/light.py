@@ -40,16 +40,25 @@ def strongest(axes: AxisMap, kept: Kept) -> dict[Axis, Tensor]:
 
 def _squared_norms(weight: Tensor, dims: list[int]) -> dict[int, Tensor]:
     """Per axis the sum of squares over all others, piece by piece: squares of the whole would leave the cache."""
-    others = {at: [dim for dim in range(weight.dim()) if dim != at] for at in dims}
     if weight.numel() <= PIECE:
-        squares = weight.float().square()
-        return {at: (squares.sum(others[at]) if others[at] else squares).double() for at in dims}
-    sums: dict[int, list[Tensor]] = {at: [] for at in dims}
-    for piece in weight.split(max(1, PIECE * len(weight) // max(1, weight.numel()))):
-        squares = piece.float().square()
-        for at in dims:
-            sums[at].append(squares.sum(others[at]).double())
-    return {at: torch.cat(parts) if at == 0 else torch.stack(parts).sum(0) for at, parts in sums.items()}
+        return {at: sums.double() for at, sums in _sums(weight.float().square(), dims).items()}
+    rows = max(1, PIECE * len(weight) // weight.numel())
+    parts = [_sums(piece.float().square(), dims) for piece in weight.split(rows)]
+    stacked = {at: [part[at].double() for part in parts] for at in dims}
+    return {at: torch.cat(sums) if at == 0 else torch.stack(sums).sum(0) for at, sums in stacked.items()}
+
+
+def _sums(values: Tensor, dims: list[int]) -> dict[int, Tensor]:
+    """Per axis the sum over all others; the first axis goes first, since the last ones are often a kernel of 3 x 3."""
+    if values.dim() == 1:
+        return dict.fromkeys(dims, values)
+    rest = values.sum(0) if any(dims) else values
+    sums = {
+        at: rest.sum([dim for dim in range(rest.dim()) if dim != at - 1]) if rest.dim() > 1 else rest
+        for at in dims
+        if at
+    }
+    return sums | ({0: values.flatten(1).sum(1)} if 0 in dims else {})
 
 
 def build(axes: AxisMap, kept: Kept, projected: frozenset[int] = frozenset()) -> fx.GraphModule:
