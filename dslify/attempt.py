@@ -40,7 +40,7 @@ def attempt(
     """
     shapes = pytree.tree_map(dynamic, (args, kwargs))
     reading = fixed(numbers) if numbers else nullcontext()
-    with _quietly(), limited(seconds), one_node_each(), reading, _keywords_named(module, kwargs) as signature:
+    with quietly(), limited(seconds), one_node_each(), reading, _keywords_named(module, kwargs) as signature:
         named = dict(signature.bind(*shapes[0], **shapes[1]).arguments)
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
         lifted = exported.module(check_guards=False)
@@ -152,7 +152,7 @@ def own_tensors(module: nn.Module) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without torch's notes to its own developers: logs, the graph of a failed attempt on stderr, and the Python stack
     of every node, which takes a tenth of a capture."""
     logger = logging.getLogger("torch")

@@ -9,7 +9,8 @@
     ├── VerifyError          what the surgery built failed its own checks
     ├── StoreError           a .dsl file that cannot be read or written
     ├── DataError            no usable data
-    └── TrainError           fine-tuning cannot start or go on
+    ├── TrainError           fine-tuning cannot start or go on
+    └── ExportError          a format that a network cannot be written in, or a file that differs from it
 
 The message is the whole message: it names the thing, what was found, what was expected and the way out.
 """
@@ -54,6 +55,10 @@ class DataError(DslifyError):
 
 
 class TrainError(DslifyError):
+    pass
+
+
+class ExportError(DslifyError):
     pass
 
 
