@@ -52,7 +52,9 @@ def _model_of(part: Program | Programs, threshold: str, name: str) -> ModelProto
     return part_model(part, name) if isinstance(part, Program) else one_file(part, threshold)
 
 
-def one_file(programs: Programs, threshold: str = "threshold", models: Mapping[str, ModelProto] | None = None) -> ModelProto:
+def one_file(
+    programs: Programs, threshold: str = "threshold", models: Mapping[str, ModelProto] | None = None
+) -> ModelProto:
     """The whole network as one model in which an If runs light or full.
 
     The threshold is an initializer (no input as well: ONNX Runtime warns of those). With several samples in a call all of
@@ -92,7 +94,9 @@ def one_file(programs: Programs, threshold: str = "threshold", models: Mapping[s
         )
     )
     graph.output.extend(paths[1].graph.output)
-    whole = helper.make_model(graph, opset_imports=_opsets((front, *paths)), ir_version=IR_VERSION, producer_name="dslify")
+    whole = helper.make_model(
+        graph, opset_imports=_opsets((front, *paths)), ir_version=IR_VERSION, producer_name="dslify"
+    )
     functions = {(each.domain, each.name): each for model in (front, *paths) for each in model.functions}
     whole.functions.extend(functions.values())
     return whole

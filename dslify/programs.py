@@ -58,8 +58,10 @@ def host_graph(net: nn.Module) -> tuple[str | None, fx.GraphModule]:
         raise ExportError("The network holds no Dynamic Switch Layer; put one in with dslify insert.")
     found: dict[str, fx.GraphModule] = {}
     for name, module in net.named_modules():
-        if isinstance(module, fx.GraphModule) and dsl_layers(module) and not any(
-            not outer or name.startswith(f"{outer}.") for outer in found
+        if (
+            isinstance(module, fx.GraphModule)
+            and dsl_layers(module)
+            and not any(not outer or name.startswith(f"{outer}.") for outer in found)
         ):
             found[name] = module
     if len(found) != 1:
@@ -153,7 +155,9 @@ def _with_numbers(path: fx.GraphModule, numbers: Mapping[int, Any], entering: Se
     first = next((node for node in path.graph.nodes if node.op != "placeholder"), None)
     for at, value in numbers.items():
         if not isinstance(value, (int, torch.SymInt)):
-            raise ExportError(f"The value {inputs[at].name} that crosses the cut is a {type(value).__name__}, no tensor.")
+            raise ExportError(
+                f"The value {inputs[at].name} that crosses the cut is a {type(value).__name__}, no tensor."
+            )
         expression, read = _in_sizes(sympy.sympify(symbolic(value)), tuple(sizes))
         with path.graph.inserting_before(first):
             env = {

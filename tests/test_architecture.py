@@ -19,7 +19,7 @@ ORDER = [
     "runs", "run_folder", "schedule", "gather", "gate", "refit", "processes", "team", "joint", "early_stop",
     "stepper", "objectives", "training_run", "train", "cascade", "cost", "probe", "observe", "guarantee",
     "thresholds", "tradeoff", "aim", "calibrate", "resampling", "rivals", "uses", "accuracy", "measure", "tables",
-    "evaluated", "report", "cut_tree", "picture", "explained", "options", "console", "demo", "learning", "cli",
+    "evaluated", "parts", "programs", "checked", "onnx_graph", "report", "cut_tree", "picture", "explained", "options", "console", "demo", "learning", "cli",
 ]  # fmt: skip
 
 
