@@ -31,7 +31,10 @@ _ROOMS = {
     "tradeoff": ["tradeoff"],
     "calibrate": ["calibrate"],
     "cost": ["cost"],
+    "compact": ["compact"],
     "measure": ["evaluate"],
+    "export": ["Exported", "export"],
+    "latency": ["measure"],
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_HOME)
@@ -39,6 +42,7 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from .calibrate import calibrate as calibrate
     from .capture import capture as capture
+    from .compact import compact as compact
     from .cost import cost as cost
     from .cut import CutPoint as CutPoint
     from .cut import cut_points as cut_points
@@ -46,10 +50,13 @@ if TYPE_CHECKING:
     from .errors import DslifyError as DslifyError
     from .example_inputs import example_for as example_for
     from .example_inputs import example_inputs_for as example_inputs_for
+    from .export import Exported as Exported
+    from .export import export as export
     from .insert import insert as insert
     from .insert import remove as remove
     from .joint import Joint as Joint
     from .joint import training_network as training_network
+    from .latency import measure as measure
     from .load import load_model as load_model
     from .losses import dsl_loss as dsl_loss
     from .measure import evaluate as evaluate

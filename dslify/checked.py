@@ -1,4 +1,4 @@
-"""What an exported file has to answer: the network itself on both routes, and how far another runtime's answer is off."""
+"""What an exported file has to answer, the network itself on both routes, and how far another runtime is off."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .errors import ExportError
-from .programs import example_of
+from .errors import DslifyError, ExportError
+from .programs import example_of, free_axes
 from .switch import Route, route
 
 TOLERANCE = 1e-4  # of the largest value of an output
 SEEDS = (0, 1)  # of the inputs that are tried
+STRETCHES = (1.37, 0.5, 2.0)  # of lengths; the first that the network takes is tried
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,20 @@ class Case:
 def cases(graph: fx.GraphModule, batch: int = 1) -> tuple[Case, ...]:
     """Both routes on several random inputs of the recorded shapes."""
     return tuple(case(graph, way, example_of(graph, batch, seed)) for seed in SEEDS for way in ("full", "light"))
+
+
+def stretched(graph: fx.GraphModule, batch: int = 1, seed: int = 0) -> tuple[Tensor, ...] | None:
+    """Random inputs of another length than recorded, flat; None where the network takes no other."""
+    if not any(axes - {0} for axes in free_axes(graph)):
+        return None
+    for stretch in STRETCHES:
+        inputs = example_of(graph, batch, seed, stretch)
+        try:
+            case(graph, "full", inputs)
+        except (DslifyError, RuntimeError):
+            continue
+        return inputs
+    return None
 
 
 def case(graph: fx.GraphModule, way: Route, inputs: Sequence[Tensor]) -> Case:

@@ -5,12 +5,13 @@ Nothing here imports torch before a command runs, so that `dslify --help` stays 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import __version__, learning
+from . import __version__, deploying, learning
 from . import options as o
 from .console import (
     Door,
@@ -117,6 +118,8 @@ def insert(
     width: o.Width = None,
     cost: o.CostShare = None,
     depth: o.Depth = "1",
+    latency: o.LatencyShare = None,
+    runtime: o.LatencyRuntime = None,
     scope: o.Scope = None,
     to: o.To = None,
     input: o.Input = None,
@@ -141,20 +144,23 @@ def insert(
         "width": None if width is None else share("width", width),
         "cost": None if cost is None else number("cost", cost, "above 0 and below 1", above=0, below=1),
         "depth": share("depth", depth),
+        "latency": None if latency is None else number("latency", latency, "above 0 and below 1", above=0, below=1),
+        "runtime": runtime,
         "seed": whole("seed", seed),
     }
     with Output(as_json, quiet) as out:
         target = output or beside(model)
         if target.exists() and not force:
             raise StoreError(f"{target} exists already; give another name with -o, or --force to overwrite it.")
-        with out.working(f"cutting {model}, deriving the light path and checking it"):
+        words = f"cutting {model}, deriving the light path and checking it"
+        with out.working(words) if latency is None else nullcontext():  # the search shows its own progress
             from . import insert as surgery
             from . import save
 
             network, example = network_and_inputs(model, input, trust, code, arch)
             inputs: dict[str, Any] = {"example_inputs": example.args, "example_kwargs": example.kwargs}
             parts: dict[str, Any] = {"mask": mask, "light": light, "mode": mode, "projection": projection}
-            net = surgery(network, at, scope=scope, to=to, **parts, **inputs, **options)
+            net = surgery(network, at, scope=scope, to=to, progress=out.progress, **parts, **inputs, **options)
         written = save(net, target, force=force)
         out.show(f"{model}: {type(network).__name__}, {example.words}")
         show_layer(out, written, net, explain)
@@ -176,6 +182,22 @@ app.command(
     short_help="hold the routing against its rivals",
     epilog="Example: dslify evaluate model.dsl --data sound/test --by label",
 )(learning.evaluate)
+app.command(
+    short_help="write it for where it runs: ONNX, torch.export, ExecuTorch, LiteRT",
+    epilog="Example: dslify export model.dsl --to onnx -o model.onnx",
+)(deploying.export)
+app.command(
+    short_help="run samples through an exported model: routes, and bytes between the processors",
+    epilog="Example: dslify run model.onnx --data sound/test --output routes.csv",
+)(deploying.run)
+app.command(
+    short_help="time parts, routes and a mixed stream",
+    epilog="Example: dslify measure model.dsl --share 0.8 --threads 1",
+)(deploying.measure)
+app.command(
+    short_help="remove the channels that the mask has set to zero",
+    epilog="Example: dslify compact model.dsl -o small.dsl",
+)(deploying.compact)
 
 
 @app.command(short_help="all of it on a codec that comes with dslify", epilog="Example: dslify demo --output demo-out")

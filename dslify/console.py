@@ -183,6 +183,8 @@ def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -
         out.show("a full path is counted without the layers inside it")
     for layer in layers:
         out.show(*[""] * several, report.surgery(planned(layer.plan) if several else rows, layer.plan))
+        if layer.plan.latency is not None:
+            out.show("", report.latency_fit(layer.plan.latency))
         if explain:
             out.show(explanation(layer.plan))
     if kept := recorded(net):

@@ -16,6 +16,7 @@ from .cut import Partition, find_cut, partition
 from .derive import Derived, derive
 from .errors import OptionError, VerifyError
 from .example_inputs import example_for
+from .fit_latency import fit_latency
 from .functional import copied, parameters_read, size_words
 from .garbage import seldom_collected
 from .graft import assemble, cut_channels, layouts, make_layer, region_inputs, region_module, samples_of
@@ -23,7 +24,7 @@ from .images import pixels_of
 from .macs import count, parameter_count
 from .nest import flatten, host_of, plain
 from .plan import Plan, narrowed, projections
-from .request import Request
+from .request import RUNTIMES, Request
 from .survey import Survey
 from .switch import Layout, dsl_layers, route
 from .verify import check_light
@@ -47,6 +48,9 @@ def insert(
     seed: int = 0,
     light: str | None = None,
     mode: str = "dsl",
+    latency: float | None = None,
+    runtime: str | None = None,
+    progress: bool | None = False,
 ) -> nn.Module:
     """Cut `model` behind `at` and put a Dynamic Switch Layer there.
 
@@ -62,21 +66,24 @@ def insert(
     cost, depth and projection are about it alone), a constant ("exit"), pooled features and a linear layer ("head"), or
     nothing ("identity", with `to`). mode: "dsl", whose switch predicts the difference between the paths, or "gc", whose
     switch is a gate that learns labels (Gated Compression, arXiv 2303.08970). light is "narrow" for "dsl" and "exit"
-    for "gc" unless given. A network that holds a layer already gets another one: inside the full path of the first,
+    for "gc" unless given. latency: instead of width, cost and depth, the share of the time of what lies behind the cut
+    that the light path may take, in (0, 1): of the light paths that do, measured on one thread at the example's size in
+    `runtime` ("onnxruntime", unless "eager" is given), the one of most MACs. progress: of that search; None shows it on
+    a terminal. A network that holds a layer already gets another one: inside the full path of the first,
     before it or after it.
 
     Returns a new module in eval mode: the captured graph with a DSLayer as one node, or with `scope` a copy of the
     model that holds it. Its full route is the given network. Untrained, it takes the full path always (threshold 0).
-    Raises CaptureError, CutError, OptionError, VerifyError.
+    Raises CaptureError, CutError, OptionError, VerifyError, and with a latency ExportError.
     """
-    request = Request(at, width, scope, to, mask, projection, cost, depth, seed, light, mode)
+    request = Request(at, width, scope, to, mask, projection, cost, depth, seed, light, mode, latency, runtime)
     if example_inputs is None:
         example_inputs, example_kwargs, _ = example_for(model)
     inner, args, kwargs = scope_inputs(model, scope, example_inputs, example_kwargs)
     net = (
-        insert_again(inner, request, args, kwargs)
+        insert_again(inner, request, args, kwargs, progress)
         if dsl_layers(inner)
-        else insert_into(capture(inner, args, kwargs), request)
+        else insert_into(capture(inner, args, kwargs), request, progress=progress)
     )
     if known := pixels_of(model):
         net.meta["dslify"] = {**net.meta["dslify"], "pixels": known.to_json()}
@@ -88,7 +95,9 @@ def insert(
     return whole
 
 
-def insert_again(net: nn.Module, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+def insert_again(
+    net: nn.Module, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any], progress: bool | None = False
+) -> fx.GraphModule:
     """insert() for a network with layers: into its own graph, or into the full path that the cut lies in."""
     if not isinstance(net, fx.GraphModule):
         inside = next(name for name, module in net.named_modules() if isinstance(module, fx.GraphModule))
@@ -97,7 +106,7 @@ def insert_again(net: nn.Module, request: Request, args: tuple[Any, ...], kwargs
         raise OptionError("at=auto chooses the first cut of a network, and this one has a layer; name the second cut.")
     net = cast(fx.GraphModule, copied(net))
     host = host_of(net, request.at, args, kwargs)
-    cut = insert_into(host.graph, request, host.first)
+    cut = insert_into(host.graph, request, host.first, progress)
     if host.layer is None:
         return cut
     cut.meta.pop("dslify")
@@ -106,10 +115,12 @@ def insert_again(net: nn.Module, request: Request, args: tuple[Any, ...], kwargs
 
 
 @seldom_collected()
-def insert_into(captured: Graph, request: Request, first: Layout | None = None) -> fx.GraphModule:
+def insert_into(
+    captured: Graph, request: Request, first: Layout | None = None, progress: bool | None = False
+) -> fx.GraphModule:
     """insert() for a network that is captured already (of the scope, if there is one); consumes the capture.
 
-    first: where the graph's first input keeps its samples (on its first axis).
+    first: where the graph's first input keeps its samples (on its first axis). progress: as in insert().
     """
     module, first = captured.module, first or Layout(0)
     samples = samples_of(module.graph, first)
@@ -123,6 +134,11 @@ def insert_into(captured: Graph, request: Request, first: Layout | None = None) 
     full = region_module(module, parts)
     inputs = region_inputs(module, parts, captured)
     region = plain(full)
+    fit = None
+    if request.latency is not None:
+        where = request.runtime or RUNTIMES[0]
+        fit = fit_latency(region, inputs, request.latency, where, request.projection, request.seed, samples, progress)
+        request = replace(request, latency=None, runtime=None, width=fit.chosen.width, depth=fit.chosen.depth)
     derived = (
         derive(region, inputs, request.kept, request.cost, request.depth, request.projection, request.seed, samples)
         if request.answer == "narrow"
@@ -166,6 +182,7 @@ def insert_into(captured: Graph, request: Request, first: Layout | None = None) 
         why=why,
         light=request.answer,
         seed=request.seed,
+        latency=fit,
     )
     net = assemble(module, parts, layer)
     leaves = [leaf for leaf in pytree.tree_leaves((captured.args, captured.kwargs)) if isinstance(leaf, Tensor)]

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
-from onnxscript import optimizer
+from onnxscript import ir, optimizer
 
 from .attempt import quietly
 from .errors import ExportError, one_line
+from .onnx_recurrent import one_operator_each
+from .onnx_registry import read_once
 from .programs import Program, Programs
 
 OPSET = 20
 IR_VERSION = 10
+SHARED = 1024  # bytes; for smaller equal tensors a reference across graphs only hinders the runtime's fusions
+_THRESHOLD = re.compile(r"((light|full)\.)*threshold")  # names of the initializers
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_MAKE_WEIGHTS = ("Gather", "Unsqueeze", "Concat")  # of recurrent operators, out of PyTorch's (onnx_recurrent.py)
 
 
 def part_model(program: Program, name: str) -> ModelProto:
-    """One part as a model of its own. Raises ExportError for an operator that ONNX has no equal of."""
+    """One part as a model of its own; axes of varying size are called batch, length, or by their value and place.
+
+    An input that has the name of an output, as in the front part of a further layer, is called ..._given.
+    Raises ExportError for an operator that ONNX has no equal of.
+    """
+    inputs = [f"{each}_given" if each in program.outputs else each for each in program.inputs]
     try:
-        with quietly():
-            made = torch.onnx.export(
-                program.exported, input_names=program.inputs, output_names=program.outputs, dynamo=True,
-                opset_version=OPSET, optimize=False, verbose=False,
+        with quietly(), read_once(), one_operator_each(program.exported.graph) as translations:
+            made: Any = torch.onnx.export(
+                program.exported, input_names=inputs, output_names=program.outputs, dynamo=True,
+                opset_version=OPSET, optimize=False, verbose=False, custom_translation_table=translations,
             )  # fmt: skip
     except Exception as error:
         raise ExportError(f"ONNX cannot hold the {name} part: {one_line(error)}.") from error
@@ -33,10 +46,41 @@ def part_model(program: Program, name: str) -> ModelProto:
     folded = made.model
     for _ in range(2):
         optimizer.inline(folded)
-        optimizer.fold_constants_ir(folded, onnx_shape_inference=True)
+        optimizer.fold_constants_ir(folded, onnx_shape_inference=True, should_fold=_makes_weights)
         optimizer.remove_unused_nodes(folded)
     model: ModelProto = made.model_proto
+    for each in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+        del each.metadata_props[:]  # stacks, with paths of this machine
+    _name_sizes(model.graph, program.inputs)
     return model
+
+
+def _makes_weights(node: ir.Node) -> bool | None:
+    """True for what only puts the weights of a recurrent operator in order, however large; None: as for any other."""
+    users = [user for out in node.outputs for user in out.consumers()]
+    mine = node.op_type in _MAKE_WEIGHTS and all(user.op_type in _RECURRENT or _makes_weights(user) for user in users)
+    return True if mine and users else None
+
+
+def _name_sizes(graph: GraphProto, inputs: Sequence[str]) -> None:
+    """Readable names for the sizes that torch.export calls s27, in the inputs and all that is made of them."""
+    names: dict[str, str] = {}
+    outermost = "masked" not in inputs
+    for value in graph.input:
+        axes = value.type.tensor_type.shape.dim
+        for axis, size in enumerate(axes):
+            plain = {0: "batch", len(axes) - 1: "length"} if outermost else {}
+            name = plain.get(axis, f"{value.name}_{axis}")
+            if size.dim_param:
+                names.setdefault(size.dim_param, f"{value.name}_{axis}" if name in names.values() else name)
+    _rename_sizes((*graph.input, *graph.output, *graph.value_info), names)
+
+
+def _rename_sizes(values: Iterable[ValueInfoProto], names: Mapping[str, str]) -> None:
+    for value in values:
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), size.dim_param)
 
 
 def models_of(programs: Programs, threshold: str = "threshold") -> dict[str, ModelProto]:
@@ -57,19 +101,30 @@ def one_file(
 ) -> ModelProto:
     """The whole network as one model in which an If runs light or full.
 
-    The threshold is an initializer (no input as well: ONNX Runtime warns of those). With several samples in a call all of
-    them go light or none. models: the parts, from models_of() unless given (quantized, say).
+    The threshold is an initializer (no input as well: ONNX Runtime warns of those). With several samples in a call all
+    of them go light or none. Weights that several parts have, such as those behind `to=`, are stored once. models: the
+    parts, from models_of() unless given (quantized, say).
     """
     models = models or models_of(programs, threshold)
     front, paths = models["front"], (models["light"], models["full"])
     graph = GraphProto(name="dslify")
-    _add(graph, front.graph, "front/", {each: each for each in programs.front.inputs})
-    graph.input.extend(front.graph.input)
+    shared = _shared({name: models[name].graph for name in ("front", "light", "full")})
+    given = {value.name: name for value, name in zip(front.graph.input, programs.front.inputs, strict=True)}
+    _add(graph, front.graph, "front/", given)
+    graph.initializer.extend(_kept_outside(models["light"].graph, shared["light"]))
+    graph.input.extend(_named_as(value, given[value.name]) for value in front.graph.input)
     value = np.float32(programs.layer.threshold.item())
     graph.initializer.append(numpy_helper.from_array(np.asarray(value), threshold))
+    made = {name for node in front.graph.node for name in node.output}  # the rest are inputs, passed on as they are
+    # by place: the exporter calls an output masked_1 where an input is called masked
+    crossing = {
+        each: f"front/{out.name}" if out.name in made else given.get(out.name, f"front/{out.name}")
+        for each, out in zip(programs.front.outputs, front.graph.output, strict=True)
+    }
+    score = crossing.pop("score")
     graph.node.extend(
         [
-            helper.make_node("Less", ["front/score", threshold], [f"{threshold}/taken"]),
+            helper.make_node("Less", [score, threshold], [f"{threshold}/taken"]),
             helper.make_node("Cast", [f"{threshold}/taken"], [f"{threshold}/number"], to=TensorProto.INT32),
             helper.make_node("ReduceMin", [f"{threshold}/number"], [f"{threshold}/least"], keepdims=0),
             helper.make_node("Cast", [f"{threshold}/least"], [f"{threshold}/light"], to=TensorProto.BOOL),
@@ -78,14 +133,8 @@ def one_file(
     branches = []
     for name, model in zip(("light", "full"), paths, strict=True):
         branch = GraphProto(name=name)
-        passed = {each: f"front/{each}" for each in programs.front.outputs if each != "score"}
-        inner = {tensor.name: tensor.name for tensor in model.graph.initializer if tensor.name.endswith(".threshold")}
-        _add(branch, model.graph, f"{name}/", passed | inner)
-        for out in model.graph.output:
-            found = ValueInfoProto()
-            found.CopyFrom(out)
-            found.name = f"{name}/{out.name}"
-            branch.output.append(found)
+        _add(branch, model.graph, f"{name}/", crossing | shared[name], shared[name])
+        branch.output.extend(_named_as(out, f"{name}/{out.name}") for out in model.graph.output)
         branches.append(branch)
     outputs = [out.name for out in paths[1].graph.output]
     graph.node.append(
@@ -94,6 +143,7 @@ def one_file(
         )
     )
     graph.output.extend(paths[1].graph.output)
+    _rename_sizes(graph.output, _sizes_of(paths[1].graph.input, front.graph.output))
     whole = helper.make_model(
         graph, opset_imports=_opsets((front, *paths)), ir_version=IR_VERSION, producer_name="dslify"
     )
@@ -126,22 +176,72 @@ def _opsets(models: Iterable[ModelProto]) -> list[onnx.OperatorSetIdProto]:
     return [helper.make_opsetid(domain, version) for domain, version in versions.items()]
 
 
-def _add(target: GraphProto, source: GraphProto, prefix: str, names: Mapping[str, Any]) -> None:
-    """The nodes and tensors of a graph under prefixed names. names: values that have their name already -> it."""
+def _shared(parts: Mapping[str, GraphProto]) -> dict[str, dict[str, str]]:
+    """Part -> its tensors that another one has as well -> their name in the graph around the branches."""
+    found: dict[Any, dict[str, str]] = {}  # content -> part -> name there
+    for part, graph in parts.items():
+        for tensor in graph.initializer:
+            value = numpy_helper.to_array(tensor)
+            if value.nbytes >= SHARED:
+                key = (tensor.data_type, value.shape, hashlib.sha256(value.tobytes()).digest())
+                found.setdefault(key, {}).setdefault(part, tensor.name)
+    names: dict[str, dict[str, str]] = {part: {} for part in parts}
+    for places in found.values():
+        if len(places) > 1:
+            first = next(part for part in parts if part in places)
+            for part, name in places.items():
+                names[part][name] = f"{first if first == 'front' else 'shared'}/{places[first]}"
+    return names
+
+
+def _kept_outside(graph: GraphProto, shared: Mapping[str, str]) -> Iterator[TensorProto]:
+    """Tensors of a branch for the graph around it, but for those of the front part, which lie there already."""
+    for tensor in graph.initializer:
+        if shared.get(tensor.name, "").startswith("shared/"):
+            copy = TensorProto()
+            copy.CopyFrom(tensor)
+            copy.name = shared[tensor.name]
+            yield copy
+
+
+def _named_as(value: ValueInfoProto, name: str) -> ValueInfoProto:
+    copy = ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = name
+    return copy
+
+
+def _sizes_of(inputs: Sequence[ValueInfoProto], values: Sequence[ValueInfoProto]) -> dict[str, str]:
+    """What the sizes of a path's inputs are in the sizes of the network's. values: outputs of the front part."""
+    made = {value.name: value.type.tensor_type.shape.dim for value in values}
+    return {
+        size.dim_param: outer.dim_param
+        for value in inputs
+        for size, outer in zip(value.type.tensor_type.shape.dim, made.get(value.name, ()), strict=False)
+        if size.dim_param and outer.dim_param
+    }
+
+
+def _add(
+    target: GraphProto, source: GraphProto, prefix: str, names: Mapping[str, str], without: Container[str] = ()
+) -> None:
+    """The nodes and tensors of a graph under prefixed names. names: values that have their name already -> it. without:
+    tensors that lie elsewhere."""
 
     def named(name: str) -> str:
-        return name and str(names.get(name) or prefix + name)
+        return name and (names.get(name) or (name if _THRESHOLD.fullmatch(name) else prefix + name))
 
     for tensor in source.initializer:
-        copy = TensorProto()
-        copy.CopyFrom(tensor)
-        copy.name = named(tensor.name)
-        target.initializer.append(copy)
+        if tensor.name not in without:
+            copy = TensorProto()
+            copy.CopyFrom(tensor)
+            copy.name = named(tensor.name)
+            target.initializer.append(copy)
     for node in source.node:
         target.node.append(_renamed(node, named))
 
 
-def _renamed(node: NodeProto, named: Any) -> NodeProto:
+def _renamed(node: NodeProto, named: Callable[[str], str]) -> NodeProto:
     copy = NodeProto()
     copy.CopyFrom(node)
     copy.name = named(node.name)
@@ -154,7 +254,7 @@ def _renamed(node: NodeProto, named: Any) -> NodeProto:
     return copy
 
 
-def _rename_inside(graph: GraphProto, named: Any) -> None:
+def _rename_inside(graph: GraphProto, named: Callable[[str], str]) -> None:
     for tensor in graph.initializer:
         tensor.name = named(tensor.name)
     for value in (*graph.input, *graph.output, *graph.value_info):

@@ -59,6 +59,13 @@ Width = Annotated[
 CostShare = Annotated[
     str | None, typer.Option("--cost", metavar="SHARE", help="of the MACs behind the cut, instead of a width")
 ]
+LatencyShare = Annotated[
+    str | None,
+    typer.Option("--latency", metavar="SHARE", help="of the time behind the cut, measured; looks for width and depth"),
+]
+LatencyRuntime = Annotated[
+    str | None, typer.Option("--runtime", metavar="NAME", help="where --latency is measured: onnxruntime or eager")
+]
 To = Annotated[str | None, typer.Option("--to", metavar="MODULE", help="last module of the light path")]
 Light = Annotated[
     str | None,
@@ -158,6 +165,59 @@ Metric = Annotated[
 Accuracy = Annotated[bool, typer.Option("--accuracy", help="of a classifier whose classes are the labels")]
 NewFile = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE.dsl", help="write here, not beside the model")
+]
+
+# export
+ToFormat = Annotated[
+    str | None, typer.Option("--to", metavar="FORMAT", help="onnx, pt2, aoti, executorch or litert (by --output, onnx)")
+]
+ExportFile = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="write here, not beside the .dsl; with --split a folder"),
+]
+Split = Annotated[bool, typer.Option("--split", help="front, light and full as three ONNX files, for two processors")]
+Quantize = Annotated[str | None, typer.Option("--quantize", metavar="WORD", help="int8: ONNX with 8-bit numbers")]
+FeedData = Annotated[
+    str | None, typer.Option("--data", metavar="FOLDER", help="to set the ranges of --quantize by (random inputs)")
+]
+Batch = Annotated[str, typer.Option("--batch", metavar="N", help="samples in a call: a number, or any")]
+Static = Annotated[
+    bool, typer.Option("--static", help="fix every size, such as the length of sound, at the recorded one")
+]
+
+# run
+Delivered = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="model.dsl, model.onnx, or a folder of dslify export --split")
+]
+Threshold = Annotated[
+    str | None, typer.Option("--threshold", metavar="T", help="samples with a score below it go light (its own)")
+]
+Wire = Annotated[
+    str | None,
+    typer.Option("--wire", metavar="WORD", help="numbers to the full part: fp32, fp16 or int8 (as exported)"),
+]
+RoutesFile = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE.csv", help="write route and score of every sample")
+]
+
+# measure
+Runtimes = Annotated[
+    list[str] | None,
+    typer.Option("--runtime", metavar="NAME", help="eager, compiled, onnxruntime, executorch, litert; repeatable"),
+]
+StreamShare = Annotated[
+    str, typer.Option("--share", metavar="SHARE", help="of the samples of the measured stream that go light")
+]
+MeasuredThreads = Annotated[str, typer.Option("--threads", metavar="N", help="of every runtime")]
+MeasuredData = Annotated[
+    str | None, typer.Option("--data", metavar="FOLDER", help="of real samples, lowest scores light (random inputs)")
+]
+Profile = Annotated[
+    str,
+    typer.Option("--profile", metavar="FILE.toml", help="what the estimate of energy assumes; or 45nm-sram, 45nm-dram"),
+]
+MeasuredSeconds = Annotated[
+    str, typer.Option("--seconds", metavar="S", help="of measuring, for each runtime; more are steadier")
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,14 +14,17 @@ from .functional import empty_graph_module, put_tensor, tensor_at
 from .guards import Guards
 from .switch import DSLayer
 
+_RESERVED = ("masked", "score", "threshold")  # names of values that the parts add
+
 
 @dataclass(frozen=True)
 class Parts:
     """The graphs around the first layer that a network's input meets. They share their tensors with the network.
 
     front: (*inputs) -> (masked, score, *passed), score of shape (batch,). light, full: (masked, *passed) -> outputs,
-    flat, without None, each with what follows the layer. passed: the other values of the base that these read, by name; numbers are
-    among them. full holds the layers inside the full path, and both hold those that follow. inputs, outputs: names.
+    flat, without None, each with what follows the layer. passed: the other values of the base that these read, by name;
+    numbers are among them. full holds the layers inside the full path, and both hold those that follow. inputs,
+    outputs: names, of the arguments of the network's forward and of the keys of its answer where there are any.
     """
 
     layer: DSLayer
@@ -65,15 +68,19 @@ def parts_of(net: fx.GraphModule) -> Parts:
     tail = [node for node in net.graph.nodes if node in behind and node is not call and node is not output]
     crossing = [value for value in call.args[1:] if isinstance(value, fx.Node)]
     read = [used for node in (*tail, output) for used in node.all_input_nodes if used not in behind]
-    passed = tuple(dict.fromkeys(node for node in (*crossing, *read) if node.op != "get_attr"))
+    constant = _constant(net)
+    passed = tuple(dict.fromkeys(node for node in (*crossing, *read) if node not in constant))
     leaves = cast(Sequence[Any], pytree.tree_leaves(output.args[0]))
-    names = _output_names(net, len(leaves))
+    inputs = _input_names(net)
+    names = _output_names(net, len(leaves), {*inputs, *_RESERVED, *(node.name for node in passed)})
     answers = {name: leaf for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, fx.Node)}
 
     def path(region: nn.Module) -> fx.GraphModule:
         graph, own = fx.Graph(), empty_graph_module(type(net).__name__)
         cut = graph.placeholder("masked")
         env: dict[fx.Node, Any] = {node: graph.placeholder(node.name) for node in passed}
+        for value in crossing:
+            _copy(graph, own, net, value, env)
         entering = [cut, *(env[value] if isinstance(value, fx.Node) else value for value in call.args[1:])]
         leaving = _region(graph, own, region, entering, len(layer.outputs))
         if len(layer.outputs) == 1:
@@ -83,8 +90,8 @@ def parts_of(net: fx.GraphModule) -> Parts:
                 env[node] = leaving[cast(int, node.args[1])]
             else:
                 _copy(graph, own, net, node, env)
-        for node in (used for used in output.all_input_nodes if used.op == "get_attr"):
-            _copy(graph, own, net, node, env)
+        for answer in answers.values():
+            _copy(graph, own, net, answer, env)
         graph.output(tuple(env[answer] for answer in answers.values()))
         own.graph = graph
         return own
@@ -95,9 +102,18 @@ def parts_of(net: fx.GraphModule) -> Parts:
         path(layer.light),
         path(layer.full),
         tuple(node.name for node in passed),
-        tuple(node.name for node in net.graph.nodes if node.op == "placeholder"),
+        inputs,
         tuple(answers),
     )
+
+
+def _constant(net: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that no input reaches: weights, and what is made of weights alone. Every graph that reads them has them."""
+    found: set[fx.Node] = set()
+    for node in net.graph.nodes:
+        if node.op != "placeholder" and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _guards(net: fx.GraphModule, node: fx.Node) -> bool:
@@ -137,14 +153,28 @@ def _region(graph: fx.Graph, own: fx.GraphModule, region: nn.Module, entering: S
 
 
 def _copy(graph: fx.Graph, own: fx.GraphModule, source: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+    """A node behind those that it reads, of which only constant ones can be missing."""
     if node not in env:
+        for used in node.all_input_nodes:
+            _copy(graph, own, source, used, env)
         if node.op in ("get_attr", "call_module"):
             put_tensor(own, str(node.target), tensor_at(source, str(node.target)))
         env[node] = graph.node_copy(node, env.__getitem__)
 
 
-def _output_names(net: fx.GraphModule, count: int) -> tuple[str, ...]:
-    """ "output" for a single value, else keys of a dict or dataclass where there are any, else output_0, output_1 ..."""
+def _input_names(net: fx.GraphModule) -> tuple[str, ...]:
+    """As the forward calls them ("input", not fx's "input_1"), where that tells them apart."""
+    nodes = [node for node in net.graph.nodes if node.op == "placeholder"]
+    names = tuple(str(node.target) for node in nodes)
+    plain = all(name.isidentifier() and name not in _RESERVED for name in names) and len(set(names)) == len(names)
+    return names if plain else tuple(node.name for node in nodes)
+
+
+def _output_names(net: fx.GraphModule, count: int, taken: Container[str]) -> tuple[str, ...]:
+    """ "output" for a single value, else keys of a dict or dataclass where there are any, else output_0, output_1 ...
+
+    taken: names of other values, which no key may have.
+    """
     spec = getattr(net.graph._codegen, "pytree_info", None)
     numbered = tuple(f"output_{at}" for at in range(count)) if count != 1 else ("output",)
     if spec is None or spec.out_spec is None:
@@ -154,5 +184,5 @@ def _output_names(net: fx.GraphModule, count: int) -> tuple[str, ...]:
         "_".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", at)))) for key in path)
         for at, (path, _) in enumerate(pytree.tree_flatten_with_path(tree)[0])
     )
-    plain = all(name.isidentifier() for name in names) and len(set(names)) == count
+    plain = all(name.isidentifier() and name not in taken for name in names) and len(set(names)) == count
     return names if plain else numbered

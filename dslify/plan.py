@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .axes import AxisMap, Kept, sizes
@@ -32,6 +32,39 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A light path that a search for latency looked at: its shares of the full region's MACs and, if it was timed (0 if
+    not), of that region's latency."""
+
+    width: float
+    depth: float
+    macs: float
+    share: float = 0.0
+
+    def timed(self, share: float) -> Candidate:
+        return replace(self, share=share)
+
+
+@dataclass(frozen=True)
+class LatencyFit:
+    """What a search found for a light path that takes at most `target` of the full region's latency, on one thread.
+
+    runtime: "onnxruntime" or "eager". chosen: one of candidates, which are all that were timed, in that order.
+    """
+
+    target: float
+    runtime: str
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LatencyFit:
+        """The inverse of dataclasses.asdict."""
+        candidates = tuple(Candidate(**each) for each in data["candidates"])
+        return cls(**{**data, "chosen": Candidate(**data["chosen"]), "candidates": candidates})
+
+
+@dataclass(frozen=True)
 class Plan:
     """The surgery at one cut.
 
@@ -41,7 +74,7 @@ class Plan:
     and why, which are in the ledger too. depth: share of the residual branches' MACs that the light path keeps;
     dropped: branches it does without. why: reasons of at=auto. macs also holds "unprojected": what the light path would
     cost without projections. light: "narrow", or the kind of a light path that is no copy (dslify.answers): its width
-    is 0, and it has no projections and no tensors of the region.
+    is 0, and it has no projections and no tensors of the region. latency: how width and depth were found by latency.
     """
 
     at: str
@@ -61,6 +94,7 @@ class Plan:
     why: str = ""
     light: str = "narrow"
     seed: int = 0
+    latency: LatencyFit | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +102,7 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of to_json; unknown or missing keys raise StoreError."""
+        data = {"latency": None, **data}  # which files of before do not have
         known = {entry.name for entry in fields(cls)}
         if set(data) != known:
             odd = ", ".join(sorted(set(data) ^ known))
@@ -78,7 +113,8 @@ class Plan:
             NarrowedTensor(item["name"], tuple(item["before"]), tuple(item["after"]), tuple(item["why"]))
             for item in data["tensors"]
         )
-        return cls(**{**data, **lists, "projections": projections, "tensors": tensors})
+        latency = data["latency"] and LatencyFit.from_json(data["latency"])
+        return cls(**{**data, **lists, "projections": projections, "tensors": tensors, "latency": latency})
 
 
 def narrowed(axes: AxisMap, kept: Kept, projected: frozenset[int]) -> tuple[NarrowedTensor, ...]:

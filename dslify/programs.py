@@ -9,6 +9,7 @@ from typing import Any, cast
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -18,10 +19,12 @@ from .errors import ExportError, one_line
 from .functional import symbolic
 from .guards import Guards
 from .notes import recorded_inputs
-from .parts import Parts, parts_of
+from .parts import parts_of
+from .recurrent import OVERLOADS, to_aten
 from .switch import DSLayer, dsl_layers
 
 ANY = 0  # batch size of a program that takes any
+ONE_NODE = {overload: getattr(torch.ops.dslify, name).default for name, overload in OVERLOADS.items()}
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,17 @@ def host_graph(net: nn.Module) -> tuple[str | None, fx.GraphModule]:
     return graph.meta.get("dslify", {}).get("scope") or name or None, graph
 
 
-def example_of(graph: fx.GraphModule, batch: int = 1, seed: int = 0) -> tuple[Tensor, ...]:
-    """Random inputs of the recorded shapes and types, flat, with `batch` samples where the batch may vary."""
+def example_of(graph: fx.GraphModule, batch: int = 1, seed: int = 0, stretch: float = 1.0) -> tuple[Tensor, ...]:
+    """Random inputs of the recorded shapes and types, flat, with `batch` samples where the batch may vary.
+
+    stretch: of the sizes of all other axes that may vary.
+    """
     generator = torch.Generator().manual_seed(seed)
     made = []
     for value, free in zip(recorded_inputs(graph), free_axes(graph), strict=True):
-        shape = [batch if at == 0 and 0 in free else size for at, size in enumerate(value.shape)]
+        shape = [max(1, round(size * stretch)) if at in free else size for at, size in enumerate(value.shape)]
+        if 0 in free:
+            shape[0] = batch
         if value.is_floating_point():
             made.append(torch.randn(shape, generator=generator, dtype=value.dtype))
         else:
@@ -143,7 +151,7 @@ def _programs(graph: fx.GraphModule, args: tuple[Tensor, ...], shapes: tuple[dic
 
 
 def _with_numbers(path: fx.GraphModule, numbers: Mapping[int, Any], entering: Sequence[Tensor]) -> fx.GraphModule:
-    """A path that takes tensors only. numbers: position among (masked, *passed) -> its value when front was exported."""
+    """A path of tensors only. numbers: place among (masked, *passed) -> the value when front was exported."""
     inputs = [node for node in path.graph.nodes if node.op == "placeholder"]
     tensors = [node for at, node in enumerate(inputs) if at not in numbers]
     tracer = fx.proxy.GraphAppendingTracer(path.graph)
@@ -199,6 +207,13 @@ def _outputs(exported: torch.export.ExportedProgram) -> list[Any]:
     return [value.meta["val"] if isinstance(value, fx.Node) else value for value in cast(Any, output.args[0])]
 
 
+class _OneNodeEach(TorchFunctionMode):
+    """Within the block ATen's recurrent operators are those of recurrent.py, which torch.export does not unroll."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return ONE_NODE.get(func, func)(*args, **(kwargs or {}))
+
+
 def _exported(
     module: nn.Module,
     args: tuple[Tensor, ...],
@@ -208,8 +223,9 @@ def _exported(
     name: str,
 ) -> Program:
     try:
-        with quietly(), torch.no_grad():
+        with quietly(), torch.no_grad(), _OneNodeEach():
             exported = torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
+        to_aten(exported.graph)
     except Exception as error:
         raise ExportError(f"torch.export refuses the {name} part: {one_line(error)}.") from error
     return Program(exported, module, args, shapes, inputs, outputs)

@@ -19,7 +19,7 @@ from .tables import with_interval as with_interval
 
 if TYPE_CHECKING:
     from .calibrate import Calibration
-    from .plan import Plan
+    from .plan import LatencyFit, Plan
     from .runs import History
 
 LIGHTS = {  # by Plan.light; a narrow copy has a width
@@ -77,6 +77,20 @@ def surgery(rows: Iterable[CostRow], plan: Plan | None = None) -> RenderableType
         kept = f"depth {figure(plan.depth)}"
         lines.append(f"left out ({kept}): {', '.join(plan.dropped)}")
     return Group(*map(line, lines), table)
+
+
+def latency_fit(fit: LatencyFit) -> RenderableType:
+    """The light paths that a search for latency timed, in its order, and the one it took."""
+    table = plain_table("width", "depth", "of the MACs", "of the latency", "")
+    table.columns[-1].justify = "left"
+    for each in fit.candidates:
+        said = "taken" if each == fit.chosen else "" if each.share <= fit.target else "too slow"
+        table.add_row(figure(each.width), figure(each.depth), percent(each.macs, 1), percent(each.share, 1), said)
+    words = (
+        f"width {figure(fit.chosen.width)}, depth {figure(fit.chosen.depth)}: {percent(fit.chosen.share, 1)} of the "
+        f"full region's latency, asked for {percent(fit.target)} ({fit.runtime}, one thread)"
+    )
+    return Group(line(words), table)
 
 
 def training(history: History) -> RenderableType:

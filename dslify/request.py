@@ -11,7 +11,8 @@ from .switch import SwitchKind
 LIGHTS = ("narrow", *ANSWERS)
 MASKS = ("channel", "element", "activation")
 MODES: dict[str, tuple[SwitchKind, str]] = {"dsl": ("difference", "narrow"), "gc": ("positive", "exit")}
-WIDTH = 0.1  # of a narrow light path, if neither width nor cost is asked for
+RUNTIMES = ("onnxruntime", "eager")  # that a latency is measured in
+WIDTH = 0.1  # of a narrow light path, if no width, cost or latency is asked for
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Request:
     seed: int = 0
     light: str | None = None
     mode: str = "dsl"
+    latency: float | None = None
+    runtime: str | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("mode", MODES), ("light", (None, *LIGHTS)), ("mask", MASKS)):
@@ -48,6 +51,7 @@ class Request:
                 f"depth is the share of residual branches that the light path keeps, above 0 and at most 1; got "
                 f"{self.depth}."
             )
+        self._check_latency()
         if self.answer != "narrow":
             self._check_not_narrow()
         if self.at == "auto" and self.to:
@@ -57,8 +61,33 @@ class Request:
                 path = getattr(self, name)
                 object.__setattr__(self, name, path and path.removeprefix(f"{self.scope}."))
 
+    def _check_latency(self) -> None:
+        if self.latency is None:
+            if self.runtime is not None:
+                raise OptionError(
+                    f"runtime says where a latency is measured; got runtime {self.runtime!r} and no latency to reach."
+                )
+            return
+        if not 0 < self.latency < 1:
+            raise OptionError(
+                f"latency is the light path's share of the time of what lies behind the cut, between 0 and 1; got "
+                f"{self.latency}."
+            )
+        if self.runtime not in (None, *RUNTIMES):
+            raise OptionError(f"runtime is one of {', '.join(RUNTIMES)}; got {self.runtime!r}.")
+        asked = {"width": self.width, "cost": self.cost, "depth": None if self.depth == 1 else self.depth}
+        for name, given in asked.items():
+            if given is not None:
+                raise OptionError(
+                    f"latency looks for width and depth itself; got latency {self.latency} and {name} {given}: give "
+                    "one of them."
+                )
+
     def _check_not_narrow(self) -> None:
-        asked = {"width": self.width is not None, "cost": self.cost is not None, "depth": self.depth < 1}
+        asked = {
+            "width": self.width is not None, "cost": self.cost is not None, "depth": self.depth < 1,
+            "latency": self.latency is not None,
+        }  # fmt: skip
         for name in (name for name, given in asked.items() if given):
             raise OptionError(
                 f"{name} says how narrow a copy is, and light {self.answer!r} is no copy; leave out {name}, or ask for "

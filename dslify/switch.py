@@ -42,10 +42,10 @@ class Layout:
         return value.index_select(self.axis, self._entries(index))
 
     def put(self, whole: Tensor, part: Tensor, index: Tensor) -> Tensor:
-        """`whole` with the samples in `index` replaced by `part`."""
+        """`whole` with the samples in `index` replaced by `part`, in place."""
         if self.axis is None:
             return part
-        return whole.index_copy(self.axis, self._entries(index), part)
+        return whole.index_copy_(self.axis, self._entries(index), part)
 
     def rows(self, value: Tensor) -> Tensor:
         """One row a sample: (batch, everything else). The value must have a batch axis."""
@@ -89,8 +89,10 @@ class Switch(nn.Module):
 
     def features(self, value: Tensor) -> Tensor:
         """(batch, entries, channels) -> (batch, 2 channels), not standardised."""
-        deviation = (value.var(1, correction=0) + self.FLOOR**2).sqrt()
-        return torch.cat([value.mean(1), deviation.log()], dim=1)
+        mean = value.mean(1, keepdim=True)
+        variance = (value - mean).square_().mean(1)  # on the CPU torch 2.12's own takes up to ten times as long
+        deviation = (variance + self.FLOOR**2).sqrt()
+        return torch.cat([mean.squeeze(1), deviation.log()], dim=1)
 
     def standardise(self, features: Tensor) -> None:
         """Fix offset and spread of the features from a sample of them, (n, 2 channels)."""
@@ -185,42 +187,46 @@ class DSLayer(nn.Module):
         inputs = (masked, *crossing)
         if self.training and torch.is_grad_enabled():
             inputs = tuple(map(_contiguous, inputs))
-        paths = Paths(masked, self.switch(self.pooled(masked)))
+        score = self.switch(self.pooled(masked))
         if route == "mixed":
-            outputs, paths = self._mixed(inputs, paths)
-        else:
-            if route in ("light", "both"):
-                paths = replace(paths, light=self.light(*inputs))
-            if route in ("full", "both"):
-                paths = replace(paths, full=self.full(*inputs))
-            outputs = (paths.light if route == "light" else paths.full) or ()
-            if route == "both" and self.mask.weight.requires_grad and torch.is_grad_enabled():
-                with torch.no_grad():
-                    paths = replace(paths, original=self.full(cut, *crossing))
+            outputs, self.paths = self._mixed(inputs, score)
+            return outputs[0] if len(outputs) == 1 else outputs
+        paths = Paths(masked, score)
+        if route in ("light", "both"):
+            paths = replace(paths, light=self.light(*inputs))
+        if route in ("full", "both"):
+            paths = replace(paths, full=self.full(*inputs))
+        outputs = (paths.light if route == "light" else paths.full) or ()
+        if route == "both" and self.mask.weight.requires_grad and torch.is_grad_enabled():
+            with torch.no_grad():
+                paths = replace(paths, original=self.full(cut, *crossing))
         self.paths = paths
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def _mixed(self, inputs: tuple[Any, ...], paths: Paths) -> tuple[tuple[Any, ...], Paths]:
+    def _mixed(self, inputs: tuple[Any, ...], score: Tensor) -> tuple[tuple[Any, ...], Paths]:
         """Each sample on its own path; a path that no sample takes does not run."""
-        taken = paths.score < self.threshold
+        taken = score < self.threshold
         if not self.routable:  # samples cannot be told apart: the batch goes light only if each one may
             taken = taken.all().expand_as(taken)
-        paths = replace(paths, light_taken=taken)
-        if taken.all():
+        chosen = taken.tolist()  # the only wait for the device
+        if all(chosen):
             light = self.light(*inputs)
-            return light, replace(paths, light=light)
-        if not taken.any():
+            return light, Paths(inputs[0], score, taken, light=light)
+        if not any(chosen):
             full = self.full(*inputs)
-            return full, replace(paths, full=full)
-        batch = len(taken)
-        at_light, at_full = taken.nonzero().squeeze(1), (~taken).nonzero().squeeze(1)
+            return full, Paths(inputs[0], score, taken, full=full)
+        at_light, at_full = (
+            torch.tensor([at for at, goes in enumerate(chosen) if goes is way], device=taken.device)
+            for way in (True, False)
+        )
+        batch = len(chosen)
         light = self.light(*self._part(inputs, at_light, batch))
         full = self.full(*self._part(inputs, at_full, batch))
         merged = [
             self._merge(layout, mine, theirs, at_light, at_full)
             for layout, mine, theirs in zip(self.outputs, light, full, strict=True)
         ]
-        return tuple(merged), paths
+        return tuple(merged), Paths(inputs[0], score, taken)
 
     def _part(self, inputs: tuple[Any, ...], index: Tensor, batch: int) -> list[Any]:
         return [layout.take(value, index, batch) for layout, value in zip(self.inputs, inputs, strict=True)]

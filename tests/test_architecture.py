@@ -14,12 +14,15 @@ ORDER = [
     "obstacle", "readings", "recurrent", "attempt", "capture", "macs", "cut", "rules", "depth", "axes", "widths",
     "light", "layers", "inherit", "plan", "verify", "derive", "mask", "switch", "graft", "lengths", "answers",
     "nest", "survey", "nameable", "graph_json", "first_layer", "example_inputs", "listing", "images", "vouched",
-    "pickle_symbols", "pickles", "archives", "load", "request", "insert", "stored_modules", "store",
-    "output_losses", "losses", "audio", "workers", "samples", "wanted", "arrays", "folders", "items", "data",
+    "pickle_symbols", "pickles", "archives", "load", "samples", "clock", "parts", "programs", "onnx_recurrent", "onnx_registry", "onnx_graph",
+    "onnx_session", "request", "fit_latency", "insert", "stored_modules", "store",
+    "output_losses", "losses", "audio", "workers", "wanted", "arrays", "folders", "items", "data",
     "runs", "run_folder", "schedule", "gather", "gate", "refit", "processes", "team", "joint", "early_stop",
-    "stepper", "objectives", "training_run", "train", "cascade", "cost", "probe", "observe", "guarantee",
+    "stepper", "objectives", "training_run", "train", "cascade", "cost", "slicing", "zeros", "zero_axes", "zero_channels", "producers", "compact", "probe", "observe", "guarantee",
     "thresholds", "tradeoff", "aim", "calibrate", "resampling", "rivals", "uses", "accuracy", "measure", "tables",
-    "evaluated", "parts", "programs", "checked", "onnx_graph", "report", "cut_tree", "picture", "explained", "options", "console", "demo", "learning", "cli",
+    "evaluated", "checked", "written", "conditional", "pt2_format", "undelegated", "executorch_format",
+    "litert_format", "int8", "quantize", "runtime", "split_manifest", "onnx_format", "split", "export", "energy", "engines", "device_engines",
+    "measurement", "latency", "measured", "routed", "report", "cut_tree", "picture", "explained", "options", "console", "demo", "learning", "deploying", "cli",
 ]  # fmt: skip
 
 
@@ -34,12 +37,22 @@ def imported_rooms(path: Path) -> set[str]:
 
 def test_rooms_import_only_rooms_above():
     rooms = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
-    assert {path.stem for path in rooms} | {"rules"} == set(ORDER)
+    assert {path.stem for path in rooms} | {"rules", "runtime"} == set(ORDER)
     for path in rooms:
         above = ORDER[: ORDER.index(path.stem)]
         below = imported_rooms(path) - set(above)
         assert not below, f"{path.name} imports {below}, which stand below it"
 
+
+def test_the_runtime_needs_only_numpy_and_onnxruntime():
+    for path in sorted((PACKAGE / "runtime").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [entry.name for entry in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level < 2 or node.module == "errors", f"{path.name} imports {node.module} of the package"
+                names = [str(node.module)] if node.level == 0 else []
+            strange = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+            assert strange <= {"numpy", "onnxruntime"}, f"{path.name} imports {strange}"
 
 def test_import_and_help_do_not_load_torch():
     code = "import sys, dslify.cli; dslify.cli.app; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
