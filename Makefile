@@ -9,7 +9,7 @@ ZOO ?=
 SURGERY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint zoo bench-codec bench-inherit bench-gc bench-surgery bench-memory bench-train clean
+.PHONY: help setup demo test lint zoo bench-codec bench-inherit bench-gc bench-surgery bench-memory bench-train bench-latency bench-routing clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ bench-memory: $(STAMP)  ## peak memory of insert on a network of 304 M parameter
 
 bench-train: $(STAMP)  ## time of a training step against its parts measured alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.train
+
+bench-latency: $(STAMP)  ## light, full and a mixed stream in ONNX Runtime, one thread (about 3 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.latency
+
+bench-routing: $(STAMP)  ## what routing costs in eager PyTorch
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.routing
 
 zoo: $(STAMP)  ## the surgery on 228 networks at three cuts each (about 45 minutes; ZOO="--times --jobs 1" for seconds alone)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --jobs 2 --json runs/zoo/zoo.json $(ZOO)

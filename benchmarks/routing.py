@@ -8,7 +8,8 @@ run: base, mask with switch, light path, full path.
     over the parts   network / (base + light + full) - 1       what the layer costs in all, with mask and switch
     routing          layer - (mask and switch + light + full)  who goes where, taking samples out, putting answers back
 
-Routing is given as a share of base + light + full for the batch, and of the path that is taken for a single input.
+Routing is given as a share of base + light + full for the batch, and for a single input of the path that it takes, from
+its first operator (base + path) and behind the cut (path alone).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def vit_tiny() -> nn.Module:
 
 
 CASES = {
-    "codec": Case(zoo.codec, (1, 16000), "encoder.block1.1", depth=0.01, scope="encoder"),
+    "codec": Case(zoo.codec, (1, 16000), zoo.codec_cut(), depth=0.01, scope="encoder"),
+    "codec-early": Case(zoo.codec, (1, 16000), "encoder.block1.1", depth=0.01, scope="encoder"),
     "resnet18": Case(zoo.resnet18, (3, 224, 224), "layer2"),
     "vit_tiny": Case(vit_tiny, (3, 224, 224), "blocks.3"),
     "wav2vec2": Case(zoo.wav2vec2, (16000,), "encoder.transformer.layers.0"),
@@ -64,7 +66,7 @@ CASES = {
 @dataclass(frozen=True)
 class Result:
     """batch, batch_routing: shares of base + light + full at a batch of 32, half of it light. single: for "light" and
-    "full" the routing as a share of that path. parts: medians in ms."""
+    "full" the routing as a share of that path, and of the base with it. parts: medians in ms."""
 
     name: str
     batch: float
@@ -121,10 +123,13 @@ def measured(name: str, case: Case, seconds: float) -> Result:
                     "layer": lambda: layer(one, *beside),
                     "mask and switch": lambda: scored(one),
                     "path": lambda run=run: run(one, *beside),
+                    "base": lambda: base(inputs[:1]),
                 },
                 seconds / 2,
             )
-            single[path] = (middle(alone, "layer") - middle(alone, "mask and switch", "path")) / middle(alone, "path")
+            extra = middle(alone, "layer") - middle(alone, "mask and switch", "path")
+            single[path] = extra / middle(alone, "path")
+            single[f"base and {path}"] = extra / middle(alone, "base", "path")
     ideal = middle(times, "base", "light", "full")
     routing = middle(times, "layer") - middle(times, "mask and switch", "light", "full")
     return Result(
@@ -143,11 +148,13 @@ def middle(times: dict[str, Timed], *names: str) -> float:
 
 def table(results: Sequence[Result]) -> str:
     lines = [
-        "| network | batch of 32: over the parts | of which routing | one input: routing, light | full |",
-        "|---|---|---|---|---|",
+        "| network | batch of 32: over the parts | of which routing | one input: base + light | light alone | "
+        "base + full | full alone |",
+        "|---|---|---|---|---|---|---|",
     ]
     for found in results:
-        shares = (found.batch, found.batch_routing, found.single["light"], found.single["full"])
+        ways = ("base and light", "light", "base and full", "full")
+        shares = (found.batch, found.batch_routing, *(found.single[way] for way in ways))
         lines.append(f"| {found.name} | " + " | ".join(f"{100 * share:+.1f} %" for share in shares) + " |")
     return "\n".join(lines)
 

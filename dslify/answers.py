@@ -143,9 +143,11 @@ def _pooled(site: _Site, first: Layout, channel_axis: int) -> fx.Node:
     others = [at for at in range(len(shape)) if at not in (axis, channel_axis)]
     ordered = site.call(aten.permute.default, cut, [axis, *others, channel_axis])
     entries = site.call(aten.reshape.default, ordered, [batch, -1, symbolic(shape[channel_axis])])
-    variance = site.call(aten.var.correction, entries, [1], correction=0)
+    mean = site.call(aten.mean.dim, entries, [1], True)
+    away = site.call(aten.sub.Tensor, entries, mean)
+    variance = site.call(aten.mean.dim, site.call(aten.mul.Tensor, away, away), [1])  # as Switch.features, and why
     above = site.call(aten.add.Scalar, variance, Switch.FLOOR**2)  # a root has no gradient at zero
-    return site.call(aten.cat.default, [site.call(aten.mean.dim, entries, [1]), site.call(aten.sqrt.default, above)], 1)
+    return site.call(aten.cat.default, [site.call(aten.squeeze.dim, mean, 1), site.call(aten.sqrt.default, above)], 1)
 
 
 def _linear(site: _Site, name: str, answer: Tensor, layout: Layout, pooled: fx.Node, cut: Tensor, axis: int) -> fx.Node:

@@ -144,7 +144,7 @@ def _eager(region: nn.Module, inputs: Sequence[Any], name: str) -> Call:
 def _onnxruntime(region: fx.GraphModule, inputs: Sequence[Any], name: str) -> Call:
     require_onnx("latency in onnxruntime")
     from .onnx_graph import part_model
-    from .programs import _exported as exported
+    from .programs import exported_part as exported
 
     tensors = tuple(value for value in inputs if isinstance(value, Tensor))
     names = tuple(f"input_{at}" for at in range(len(tensors)))

@@ -63,8 +63,7 @@ class Mask(nn.Module):
         """The factors after the soft threshold, or the thresholds in units of the activation; same shape as weight."""
         if self.kind == "activation":
             return self.on * functional.softplus(self.GAIN * self.weight) * self.magnitude
-        shrunk = functional.relu(self.weight.abs() - self.SOFT) / (1 - self.SOFT)
-        return self.weight.sign() * shrunk
+        return functional.softshrink(self.weight, self.SOFT) / (1 - self.SOFT)
 
     @torch.no_grad()
     def turn_on(self, value: Tensor) -> None:

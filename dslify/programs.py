@@ -120,7 +120,7 @@ def programs_of(graph: fx.GraphModule, batch: int = 1, dynamic: bool = True) -> 
 
 def _programs(graph: fx.GraphModule, args: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...]) -> Programs:
     parts = parts_of(graph)
-    front = _exported(parts.front, args, shapes, parts.inputs, ("masked", "score", *parts.passed), "front")
+    front = exported_part(parts.front, args, shapes, parts.inputs, ("masked", "score", *parts.passed), "front")
     values = _outputs(front.exported)
     numbers = {at: value for at, value in enumerate(values) if not isinstance(value, Tensor)}
     if numbers:
@@ -128,7 +128,7 @@ def _programs(graph: fx.GraphModule, args: tuple[Tensor, ...], shapes: tuple[dic
         output.args = (tuple(value for at, value in enumerate(cast(Any, output.args[0])) if at not in numbers),)
         parts.front.recompile()
         names = tuple(name for at, name in enumerate(front.outputs) if at not in numbers)
-        front = _exported(parts.front, args, shapes, parts.inputs, names, "front")
+        front = exported_part(parts.front, args, shapes, parts.inputs, names, "front")
         values = _outputs(front.exported)
     entering = [value for at, value in enumerate(values) if at != 1]
     with torch.no_grad():
@@ -143,7 +143,7 @@ def _programs(graph: fx.GraphModule, args: tuple[Tensor, ...], shapes: tuple[dic
         whole = _with_numbers(module, {at - 1: number for at, number in numbers.items()}, entering)
         if isinstance(whole, fx.GraphModule) and dsl_layers(whole):
             return _programs(whole, given, varying)
-        return _exported(whole, given, varying, names, parts.outputs, name)
+        return exported_part(whole, given, varying, names, parts.outputs, name)
 
     return Programs(
         parts.layer, front, path("light", parts.light), path("full", parts.full), parts.inputs, parts.outputs
@@ -214,7 +214,7 @@ class _OneNodeEach(TorchFunctionMode):
         return ONE_NODE.get(func, func)(*args, **(kwargs or {}))
 
 
-def _exported(
+def exported_part(
     module: nn.Module,
     args: tuple[Tensor, ...],
     shapes: tuple[dict[int, Any], ...],

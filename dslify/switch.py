@@ -18,6 +18,7 @@ Route = Literal["full", "light", "mixed", "both"]
 ROUTES: tuple[Route, ...] = ("full", "light", "mixed", "both")
 SwitchKind = Literal["difference", "positive"]
 SWITCH_KINDS: tuple[SwitchKind, ...] = ("difference", "positive")
+_ALONE = tuple(torch.tensor([light]) for light in (False, True))  # light_taken of a single sample
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ class DSLayer(nn.Module):
             inputs = tuple(map(_contiguous, inputs))
         score = self.switch(self.pooled(masked))
         if route == "mixed":
-            outputs, self.paths = self._mixed(inputs, score)
+            outputs, paths = self._mixed(inputs, score)
+            self.__dict__["paths"] = paths  # nn.Module's own way takes longer than an operator
             return outputs[0] if len(outputs) == 1 else outputs
         paths = Paths(masked, score)
         if route in ("light", "both"):
@@ -205,10 +207,7 @@ class DSLayer(nn.Module):
 
     def _mixed(self, inputs: tuple[Any, ...], score: Tensor) -> tuple[tuple[Any, ...], Paths]:
         """Each sample on its own path; a path that no sample takes does not run."""
-        taken = score < self.threshold
-        if not self.routable:  # samples cannot be told apart: the batch goes light only if each one may
-            taken = taken.all().expand_as(taken)
-        chosen = taken.tolist()  # the only wait for the device
+        taken, chosen = self._chosen(score)
         if all(chosen):
             light = self.light(*inputs)
             return light, Paths(inputs[0], score, taken, light=light)
@@ -227,6 +226,16 @@ class DSLayer(nn.Module):
             for layout, mine, theirs in zip(self.outputs, light, full, strict=True)
         ]
         return tuple(merged), Paths(inputs[0], score, taken)
+
+    def _chosen(self, score: Tensor) -> tuple[Tensor, list[bool]]:
+        """Which samples go light, as a tensor and as a list."""
+        if score.is_cpu and score.numel() == 1:  # Python compares faster than an operator
+            light = score.item() < self.threshold.item()
+            return _ALONE[light], [light]
+        taken = score < self.threshold
+        if not self.routable:  # samples cannot be told apart: the batch goes light only if each one may
+            taken = taken.all().expand_as(taken)
+        return taken, taken.tolist()  # the only wait for the device
 
     def _part(self, inputs: tuple[Any, ...], index: Tensor, batch: int) -> list[Any]:
         return [layout.take(value, index, batch) for layout, value in zip(self.inputs, inputs, strict=True)]

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from . import __version__
+from .calibrate import recorded
 from .checked import SEEDS, TOLERANCE, error, refuse
 from .programs import ANY, Program, Programs, example_of
 from .switch import DSLayer, dsl_layers
@@ -137,6 +138,6 @@ def facts(graph: fx.GraphModule, batch: int = 1) -> dict[str, Any]:
         "scope": notes.get("scope"),
         **{key: layers[0][key] for key in ("threshold", "scale", "switch")},
         "layers": layers,
-        "calibration": notes.get("calibration"),
+        "calibration": recorded(graph),
         "batch": "any" if batch == ANY else batch,
     }

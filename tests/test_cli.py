@@ -23,7 +23,7 @@ from dslify.cli import app
 from dslify.explained import grouped
 from tests.zoo import ZOO
 
-LEAVES = ("inspect", "insert", "finetune", "calibrate", "evaluate", "demo")
+LEAVES = ("inspect", "insert", "finetune", "calibrate", "evaluate", "export", "run", "measure", "compact", "demo")
 RATE = 16_000
 LENGTH = 4096  # samples in a segment of the autoencoder
 PATIENCE = 120  # seconds for a child process: many times what it takes

@@ -313,3 +313,22 @@ def test_a_network_that_was_captured_for_one_batch_size_is_not_exported_for_anot
         dslify.export(net, tmp_path / "net.onnx", batch="any")
     with pytest.raises(OptionError, match="batch is a whole number"):
         dslify.export(net, tmp_path / "net.onnx", batch=0)
+
+
+class Skipping(nn.Module):
+    """The sound itself is added to what follows the cut, so an input crosses it as it came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv1d(1, 8, 3, padding=1), nn.Conv1d(8, 1, 3, padding=1)
+
+    def forward(self, sound: Tensor) -> Tensor:
+        return self.last(self.first(sound).relu()) + sound
+
+
+def test_an_input_that_is_read_behind_the_cut_goes_there_as_it_is(tmp_path: Path):
+    torch.manual_seed(0)
+    net = dslify.insert(Skipping().eval(), "first", 0.5, (torch.randn(2, 1, 64),))
+    found = dslify.export(net, tmp_path / "net.onnx")
+    assert set(found.errors) == {"full", "light", "mixed"}
+    assert max(found.errors.values()) <= TOLERANCE
