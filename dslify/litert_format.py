@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from .attempt import quietly
 from .errors import ExportError, one_line
 from .programs import ANY, Program, free_axes, programs_of
+from .spectra import real_spectra
 from .undelegated import rewritten
 from .written import Written, facts, parts_in, routed, trials, tried
 
@@ -27,8 +28,8 @@ def write_litert(graph: fx.GraphModule, path: Path, batch: int = 1, dynamic: boo
     """A .tflite with the signatures front, light and full (full_front, full_light ... where full holds another layer).
 
     front gives masked, score and what else passes, light and full take masked and the same; inputs and outputs have the
-    parts' names. Its facts, JSON with the threshold, are the metadata entry FACTS. ELU is rewritten. All shapes are the
-    recorded ones, whatever `dynamic` says.
+    parts' names. Its facts, JSON with the threshold, are the metadata entry FACTS. ELU is rewritten, and Fourier
+    transforms become convolutions. All shapes are the recorded ones, whatever `dynamic` says.
 
     Raises ExportError without litert-torch, when it refuses, or when the file differs; then nothing is written.
     """
@@ -41,7 +42,9 @@ def write_litert(graph: fx.GraphModule, path: Path, batch: int = 1, dynamic: boo
         try:
             converter: Any = tools.torch
             for name, part in parts.items():
-                converter = converter.signature(name, rewritten(part.exported)[0].module(), part.args)
+                module = rewritten(part.exported)[0].module()
+                real_spectra(module)
+                converter = converter.signature(name, module, part.args)
             written = _described(converter.convert().model_content(), parts, facts(graph, batch), tools)
             interpreter = tools.interpreter(model_content=written)
             runners = {name: interpreter.get_signature_runner(name) for name in parts}

@@ -14,15 +14,17 @@ ORDER = [
     "obstacle", "readings", "recurrent", "attempt", "capture", "macs", "cut", "rules", "depth", "axes", "widths",
     "light", "layers", "inherit", "plan", "verify", "derive", "mask", "switch", "graft", "lengths", "answers",
     "nest", "survey", "nameable", "graph_json", "first_layer", "example_inputs", "listing", "images", "vouched",
-    "pickle_symbols", "pickles", "archives", "load", "samples", "clock", "parts", "programs", "onnx_recurrent", "onnx_registry", "onnx_graph",
-    "onnx_session", "request", "fit_latency", "insert", "stored_modules", "store",
-    "output_losses", "losses", "audio", "workers", "wanted", "arrays", "folders", "items", "data",
-    "runs", "run_folder", "schedule", "gather", "gate", "refit", "processes", "team", "joint", "early_stop",
-    "stepper", "objectives", "training_run", "train", "cascade", "cost", "slicing", "zeros", "zero_axes", "zero_channels", "producers", "compact", "probe", "observe", "guarantee",
-    "thresholds", "tradeoff", "aim", "calibrate", "resampling", "rivals", "uses", "accuracy", "measure", "tables",
-    "evaluated", "checked", "written", "conditional", "pt2_format", "undelegated", "executorch_format",
-    "litert_format", "int8", "quantize", "runtime", "split_manifest", "onnx_format", "split", "export", "energy", "engines", "device_engines",
-    "measurement", "latency", "measured", "routed", "report", "cut_tree", "picture", "explained", "options", "console", "demo", "learning", "deploying", "cli",
+    "pickle_symbols", "pickles", "archives", "load", "samples", "clock", "parts", "programs", "onnx_recurrent",
+    "onnx_registry", "onnx_graph", "onnx_session", "request", "fit_latency", "insert", "stored_modules", "store",
+    "output_losses", "losses", "audio", "workers", "wanted", "arrays", "folders", "items", "data", "runs",
+    "run_folder", "schedule", "gather", "gate", "refit", "processes", "team", "joint", "early_stop", "stepper",
+    "objectives", "training_run", "train", "cascade", "cost", "slicing", "zeros", "zero_axes", "zero_channels",
+    "producers", "compact", "probe", "observe", "guarantee", "thresholds", "tradeoff", "aim", "calibrate",
+    "resampling", "rivals", "uses", "accuracy", "measure", "tables", "evaluated", "checked", "written",
+    "conditional", "pt2_format", "undelegated", "spectra", "executorch_format", "litert_format", "int8", "quantize",
+    "runtime", "split_manifest", "onnx_format", "split", "export", "energy", "engines", "device_engines",
+    "measurement", "latency", "measured", "routed", "report", "cut_tree", "picture", "explained", "options",
+    "console", "demo", "learning", "deploying", "cli",
 ]  # fmt: skip
 
 
@@ -53,6 +55,7 @@ def test_the_runtime_needs_only_numpy_and_onnxruntime():
                 names = [str(node.module)] if node.level == 0 else []
             strange = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
             assert strange <= {"numpy", "onnxruntime"}, f"{path.name} imports {strange}"
+
 
 def test_import_and_help_do_not_load_torch():
     code = "import sys, dslify.cli; dslify.cli.app; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"

@@ -126,4 +126,4 @@ def test_the_benchmark_gives_every_ratio():
     lines = bench.table([found]).splitlines()
     assert len(lines) == 3
     assert lines[2].startswith("| tiny | ")
-    assert lines[2].count("%") == 4
+    assert lines[2].count("%") == 6
