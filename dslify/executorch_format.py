@@ -12,17 +12,22 @@ from torch import Tensor, fx
 
 from .attempt import quietly
 from .errors import ExportError, one_line
+from .int8_report import Feed, PartReport
 from .programs import ANY, Program, Programs, free_axes, programs_of
 from .undelegated import rewritten
 from .written import Written, facts, parts_in, routed, trials, tried
 
 
-def write_executorch(graph: fx.GraphModule, path: Path, batch: int = 1, dynamic: bool = True) -> Written:
+def write_executorch(
+    graph: fx.GraphModule, path: Path, batch: int = 1, dynamic: bool = True, feeds: Sequence[Feed] = ()
+) -> Written:
     """A .pte with the methods front, light and full (full_front, full_light ... where full holds another layer).
 
     front gives (masked, score, *passed), light and full take (masked, *passed): XNNPACK would take nothing that is
     inside a branch of one method. Further methods answer without inputs: threshold (full_threshold ...), a number, and
     facts, JSON. ELU is rewritten. dynamic: lengths up to the recorded one, for which the memory is planned.
+    feeds: inputs of the front; with them each part that gains by it computes in int8 (executorch_int8), and how far the
+    answers then are from the network's is told and not bounded.
 
     Raises ExportError without executorch, when it refuses, or when the file differs; then nothing is written.
     """
@@ -34,11 +39,13 @@ def write_executorch(graph: fx.GraphModule, path: Path, batch: int = 1, dynamic:
     constants = {**_thresholds(programs), "facts": json.dumps(facts(graph, batch))}
     with quietly():
         try:
-            edge = tools.lower(
-                {name: rewritten(part.exported)[0] for name, part in parts.items()},
-                partitioner=[tools.partitioner()],
-                constant_methods=constants,
-            )
+            programs_in = {name: rewritten(part.exported)[0] for name, part in parts.items()}
+            reports: tuple[PartReport, ...] = ()
+            if feeds:
+                from .executorch_int8 import quantized_parts
+
+                programs_in, reports = quantized_parts(programs_in, parts, programs.layer, feeds)
+            edge = tools.lower(programs_in, partitioner=[tools.partitioner()], constant_methods=constants)
             notes = tuple(_delegated(name, edge.exported_program(name), tools) for name in parts)
             written = edge.to_executorch().buffer
             methods = _methods(written, parts, tools)
@@ -53,11 +60,12 @@ def write_executorch(graph: fx.GraphModule, path: Path, batch: int = 1, dynamic:
         "The .pte file",
         trials(graph, batch),
         lambda trial: routed(programs, trial.inputs, call, trial.thresholds),
+        exact=not any(report.kept for report in reports),
     )
     path.write_bytes(written)
     if dynamic and any(axes - {0} for axes in free_axes(graph)):
         notes += ("It takes lengths up to the recorded ones, for which its memory is planned.",)
-    return Written(errors, notes)
+    return Written(errors, notes, reports)
 
 
 def _tools() -> SimpleNamespace:

@@ -25,8 +25,8 @@ from .schedule import device_of
 from .store import load
 
 if TYPE_CHECKING:
+    from .int8_report import PartReport
     from .onnx_format import PartSize
-    from .quantize import PartReport
 
 Format = Literal["onnx", "pt2", "aoti", "executorch", "litert"]
 SUFFIXES: dict[str, str] = {
@@ -84,10 +84,11 @@ def export(
 
     path: .onnx, .pt2, .pte or .tflite says the format; with `split` a folder for front.onnx, light.onnx, full.onnx and
     their manifest (dslify.runtime runs it). One ONNX file branches by itself; with several samples in a call it goes
-    light only if all of them may. format: where the suffix leaves it open, such as "aoti". quantize: "int8", ONNX only,
-    for each part where that is good and faster, with ranges from `data` (a folder or Samples; random inputs without);
-    how far its answers then are from the network's is told and not bounded. batch: samples in every call, or "any".
-    dynamic: keep axes such as the length of sound free, where the capture let them vary. force: replace what is there.
+    light only if all of them may. format: where the suffix leaves it open, such as "aoti". quantize: "int8", for ONNX
+    and ExecuTorch, for each part where that is good and faster, with ranges from `data` (a folder or Samples; random
+    inputs without); how far its answers then are from the network's is told and not bounded. batch: samples in every
+    call, or "any". dynamic: keep axes such as the length of sound free, where the capture let them vary. force: replace
+    what is there.
 
     Raises ExportError when the network or the place cannot be written, OptionError for another format, number or word.
     """
@@ -95,8 +96,8 @@ def export(
     kind = chosen_format(path, format, split)
     if quantize not in (None, "int8"):
         raise OptionError(f"quantize is int8, or left out; got {quantize!r}.")
-    if quantize and kind != "onnx":
-        raise OptionError(f"Only ONNX parts are quantized; leave quantize out for {kind}.")
+    if quantize and kind not in ("onnx", "executorch"):
+        raise OptionError(f"Only ONNX and ExecuTorch parts are quantized; leave quantize out for {kind}.")
     if data is not None and not quantize:
         raise OptionError("data set the ranges of numbers for quantize='int8'; give both, or neither.")
     samples = _samples(batch)
@@ -111,7 +112,14 @@ def export(
     with evaluating(graph):
         if kind == "onnx":
             return _as_onnx(graph, path, split, bool(quantize), data, samples, dynamic, force, progress)
-        return _as_other(graph, path, kind, samples, dynamic)
+        more: dict[str, Any] = {}
+        if quantize:
+            from .int8_report import calibration_feeds
+            from .parts import parts_of
+
+            feeds = calibration_feeds(graph, parts_of(graph).inputs, data, samples, progress=False)
+            more = {"feeds": feeds.feeds}
+        return _as_other(graph, path, kind, samples, dynamic, feeds.notes if quantize else (), more)
 
 
 def chosen_format(path: Path, format: str | None, split: bool) -> str:
@@ -171,9 +179,10 @@ def _as_onnx(
     force: bool,
     progress: bool | None,
 ) -> Exported:
+    from .int8_report import calibration_feeds
     from .onnx_format import check, part_size, whole_model, write_onnx
     from .onnx_graph import models_of
-    from .quantize import calibration_feeds, quantized
+    from .quantize import quantized
 
     reports: tuple[PartReport, ...] = ()
     notes: tuple[str, ...] = ()
@@ -202,11 +211,19 @@ def _as_onnx(
     return Exported((path,), "onnx", written.errors, notes + written.notes, parts, reports)
 
 
-def _as_other(graph: fx.GraphModule, path: Path, kind: str, batch: int, dynamic: bool) -> Exported:
+def _as_other(
+    graph: fx.GraphModule,
+    path: Path,
+    kind: str,
+    batch: int,
+    dynamic: bool,
+    notes: tuple[str, ...],
+    more: dict[str, Any],
+) -> Exported:
     room, function = _WRITERS[kind]
     write = getattr(import_module(f".{room}", __package__), function)
     with tempfile.TemporaryDirectory() as folder, written_whole(path) as temporary:
         made = Path(folder, path.name)  # the writers' libraries want the suffix
-        written = write(graph, made, batch, dynamic)
+        written = write(graph, made, batch, dynamic, **more)
         shutil.copyfile(made, temporary)
-    return Exported((path,), kind, written.errors, tuple(written.notes))
+    return Exported((path,), kind, written.errors, notes + tuple(written.notes), quantized=written.quantized)

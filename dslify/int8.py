@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime
 from onnx import GraphProto, ModelProto
@@ -15,10 +14,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from .attempt import quietly
 from .errors import ExportError, one_line
+from .int8_report import Feed
 
 OPERATORS = ["Conv", "Gemm", "MatMul"]  # with integer kernels on a CPU; all others only gain conversions
-
-Feed = Mapping[str, np.ndarray]
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from . import __version__
 from .calibrate import recorded
 from .checked import SEEDS, TOLERANCE, error, refuse
+from .int8_report import PartReport
 from .programs import ANY, Program, Programs, example_of
 from .switch import DSLayer, dsl_layers
 
@@ -22,10 +23,12 @@ MARGIN = 1e-3  # of a score: how far from it the thresholds are that a file is t
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer did. errors: way -> worst error, as a share of the largest value. notes: sentences for the user."""
+    """What a writer did. errors: way -> worst error, as a share of the largest value. notes: sentences for the user.
+    quantized: what int8 did to each part, where it was asked for."""
 
     errors: dict[str, float]
     notes: tuple[str, ...] = ()
+    quantized: tuple[PartReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,16 @@ def _beyond(layer: DSLayer, light: bool) -> float:
     return highest * (1 + MARGIN) + float(np.finfo(np.float32).tiny) if light else highest * (1 - MARGIN)
 
 
-def tried(what: str, trials: Sequence[Trial], answer: Callable[[Trial], Sequence[Tensor]]) -> dict[str, float]:
-    """The worst error of every way. answer: what the file says to a trial. Raises ExportError above TOLERANCE."""
+def tried(
+    what: str, trials: Sequence[Trial], answer: Callable[[Trial], Sequence[Tensor]], exact: bool = True
+) -> dict[str, float]:
+    """The worst error of every way. answer: what the file says to a trial. Raises ExportError above TOLERANCE; if not
+    `exact`, for answers that are not finite or of another shape alone."""
     worst: dict[str, float] = {}
     for trial in trials:
         found = [value.detach().numpy() for value in answer(trial)]
         off = error(found, trial.outputs) if len(found) == len(trial.outputs) else float("inf")
-        if not off <= TOLERANCE:
+        if not np.isfinite(off) or (exact and not off <= TOLERANCE):
             raise refuse(what, trial.way, off)
         worst[trial.way] = max(off, worst.get(trial.way, 0.0))
     return worst

@@ -20,11 +20,11 @@ ORDER = [
     "run_folder", "schedule", "gather", "gate", "refit", "processes", "team", "joint", "early_stop", "stepper",
     "objectives", "training_run", "train", "cascade", "cost", "slicing", "zeros", "zero_axes", "zero_channels",
     "producers", "compact", "probe", "observe", "guarantee", "thresholds", "tradeoff", "aim", "calibrate",
-    "resampling", "rivals", "uses", "accuracy", "measure", "tables", "evaluated", "checked", "written",
-    "conditional", "pt2_format", "undelegated", "spectra", "executorch_format", "litert_format", "int8", "quantize",
-    "runtime", "split_manifest", "onnx_format", "split", "export", "energy", "engines", "device_engines",
-    "measurement", "latency", "measured", "routed", "report", "cut_tree", "picture", "explained", "options",
-    "console", "demo", "learning", "deploying", "cli",
+    "resampling", "rivals", "uses", "accuracy", "measure", "tables", "evaluated", "checked", "int8_report",
+    "written", "conditional", "pt2_format", "undelegated", "spectra", "executorch_int8", "executorch_format",
+    "litert_format", "int8", "quantize", "runtime", "split_manifest", "onnx_format", "split", "export", "energy",
+    "engines", "device_engines", "measurement", "latency", "measured", "routed", "report", "cut_tree", "picture",
+    "explained", "options", "console", "demo", "learning", "deploying", "cli",
 ]  # fmt: skip
 
 

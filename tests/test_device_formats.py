@@ -150,3 +150,17 @@ def test_litert_holds_the_parts_by_name(graph: fx.GraphModule, tmp_path: Path):
     model = schema.ModelT.InitFromPackedBuf((tmp_path / "net.tflite").read_bytes(), 0)
     (entry,) = [each for each in model.metadata if each.name == b"dslify"]
     assert json.loads(bytes(model.buffers[entry.buffer].data))["threshold"] == 0.25
+
+
+def test_executorch_holds_int8_parts_where_they_pay(tmp_path: Path):
+    pytest.importorskip("executorch.runtime")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(4, 64, 3), nn.ReLU(), *(nn.Conv1d(64, 64, 9) for _ in range(3)))
+    net = dslify.insert(net.eval(), "1", 0.5, (torch.randn(1, 4, 400),))
+    made = dslify.export(net, tmp_path / "net.pte", quantize="int8", dynamic=False)
+    reports = {report.part: report for report in made.quantized}
+    assert set(reports) == {"front", "light", "full"}
+    assert reports["full"].quality_db > 20
+    assert reports["full"].bytes_int8 < reports["full"].bytes_float / 2
+    for report in made.quantized:
+        assert report.kept == (report.latency_ratio < 1 and report.quality_db >= 20)

@@ -279,7 +279,7 @@ def test_the_command_writes_shows_and_refuses(tmp_path: Path):
         ("--to", "pt2", "--split"): "split export is ONNX",
         ("--batch", "0"): "batch must be a whole number of at least 1",
         ("--quantize", "int4", "--force"): "quantize is int8",
-        ("--to", "pt2", "--quantize", "int8"): "Only ONNX parts are quantized",
+        ("--to", "pt2", "--quantize", "int8"): "Only ONNX and ExecuTorch parts are quantized",
         ("--rate", "8000"): "give a folder with --data",
         ("-o", str(tmp_path / "no" / "net.onnx")): "there is no folder",
         ("-o", str(tmp_path)): "has to end in",

@@ -16,15 +16,16 @@ from onnx import ModelProto, numpy_helper
 from torch import nn
 
 import dslify
-from dslify import quantize
+from dslify import int8_report, quantize
 from dslify.checked import cases
 from dslify.clock import Timed
 from dslify.errors import ExportError, OptionError
 from dslify.int8 import folded, only_for_score
+from dslify.int8_report import calibration_feeds, quality_db
 from dslify.onnx_graph import models_of, one_file, with_thresholds
 from dslify.onnx_session import session
 from dslify.programs import Programs, host_graph, programs_of
-from dslify.quantize import calibration_feeds, quality_db, quantized
+from dslify.quantize import quantized
 
 COUNT = 16  # inputs to calibrate and to judge with
 ALL_LIGHT = 1e9  # threshold above every score
@@ -167,13 +168,13 @@ def test_what_holds_a_branch_or_nothing_to_quantize_is_left_alone(subject: Subje
 
 def test_quality_is_signal_to_noise_of_the_worst_output():
     one = np.array([[3.0, 4.0]], np.float32)
-    assert quality_db([one], [one]) == quantize.LOSSLESS_DB
+    assert quality_db([one], [one]) == int8_report.LOSSLESS_DB
     assert quality_db([one * 1.1], [one]) == pytest.approx(20, abs=1e-4)
     assert quality_db([one, one * 1.01, one * 1.1], [one] * 3) == pytest.approx(20, abs=1e-4)
     for wrong in (one[0], one * np.nan, one * np.inf):
-        assert quality_db([wrong], [one]) == -quantize.LOSSLESS_DB
-    assert quality_db([one], [one * 0]) == -quantize.LOSSLESS_DB
-    assert quality_db([np.array([1, 2])], [np.array([1, 2])]) == quantize.LOSSLESS_DB
+        assert quality_db([wrong], [one]) == -int8_report.LOSSLESS_DB
+    assert quality_db([one], [one * 0]) == -int8_report.LOSSLESS_DB
+    assert quality_db([np.array([1, 2])], [np.array([1, 2])]) == int8_report.LOSSLESS_DB
 
 
 def test_calibration_takes_data_spread_over_all_of_them_or_random_numbers_and_says_so(subject: Subject):
