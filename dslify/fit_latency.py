@@ -51,7 +51,7 @@ def fit_latency(
     missing or cannot hold the region.
     """
     calls = _CALLS[runtime]
-    with _one_thread(), show_progress(progress) as bar:
+    with threads(1), show_progress(progress) as bar:
         task = bar.add_task("timing the full region", total=None)
         reference = calls(full, inputs, "full")
 
@@ -162,9 +162,10 @@ _CALLS: dict[str, Callable[[fx.GraphModule, Sequence[Any], str], Call]] = {
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
+    """Within the block torch uses so many."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ from .device_engines import executorch, litert
 from .energy import Profile, Rapl, Work, estimate, mixed, profile, rapl, work
 from .engines import Engine, compiled, eager, onnxruntime
 from .errors import ExportError, OptionError
+from .fit_latency import threads as on_threads
 from .measurement import Energy, Latency, Measurement
 from .parts import parts_of
 from .programs import example_of, host_graph
@@ -78,7 +78,7 @@ def measure(
     _, graph = host_graph(net)
     length = min(LENGTHS, key=lambda count: abs(round(share * count) / count - share))
     share = round(share * length) / length
-    with _threads(threads), evaluating(net), torch.no_grad(), show_progress(progress) as bars:
+    with on_threads(threads), evaluating(net), torch.no_grad(), show_progress(progress) as bars:
         bars.live.auto_refresh = False  # its thread would take turns with what is measured
         inputs, light, routed = _stream_of(net, graph, data, length, round(share * length), progress)
         engines, notes = _engines(graph, inputs[0], runtimes, threads, dynamic, bars)
@@ -258,14 +258,3 @@ def _drawn(bars: Progress, words: str) -> Callable[[float], None]:
             bars.update(task, completed=share, refresh=True)
 
     return gone
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Within the block torch uses so many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
