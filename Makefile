@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DATA ?= ../shared/data/codec16k
+KEYWORDS ?= ../shared/data/kws16k
 ZOO ?=
 SURGERY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint zoo bench-codec bench-inherit bench-gc bench-surgery bench-memory bench-train bench-latency bench-routing clean
+.PHONY: help setup demo test lint zoo evaluate bench-codec bench-inherit bench-gc bench-surgery bench-memory bench-train bench-latency bench-routing clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +34,9 @@ lint: $(STAMP)  ## ruff and mypy
 
 test: lint  ## lint, then the test suite on two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+evaluate: $(STAMP)  ## retrofit the codec and judge it, up to an hour: make evaluate DATA=folder KEYWORDS=folder
+	OMP_NUM_THREADS=1 $(BIN)/python -m recipes.soundstream.evaluate --data $(DATA) --keywords $(KEYWORDS)
 
 bench-codec: $(STAMP)  ## the codec on a folder of real sound: make bench-codec DATA=folder
 	$(BIN)/python benchmarks/codec.py --data $(DATA)

@@ -22,6 +22,7 @@ _ROOMS = {
     "switch": ["DSLayer", "Mask", "Paths", "Switch", "dsl_layers", "route"],
     "survey": ["SurveyPoint", "choose_cut", "survey"],
     "insert": ["insert", "remove"],
+    "routing": ["route_every"],
     "plan": ["Plan"],
     "store": ["load", "save"],
     "losses": ["dsl_loss"],
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .losses import dsl_loss as dsl_loss
     from .measure import evaluate as evaluate
     from .plan import Plan as Plan
+    from .routing import route_every as route_every
     from .rules import rule as rule
     from .store import load as load
     from .store import save as save

@@ -122,9 +122,9 @@ class Aim:
     def of_what(self) -> str:
         return "excess of the metric" if self.judged else "difference"
 
-    def how(self, k: int, n: int, units: int, risk: float) -> str:
-        """How the threshold was found, with k of n samples from so many sources light."""
-        data = f"{n} samples from {units} sources"
+    def how(self, k: int, n: int, units: int, risk: float, what: str = "samples") -> str:
+        """How the threshold was found, with k of n samples from so many sources light. what: samples or segments."""
+        data = f"{n} {what} from {units} sources"
         if self.light_share is not None:
             return (
                 f"share: {k} of {data} score under it ({100 * k / n:.1f} %, asked for {100 * self.light_share:.1f} %)"
@@ -145,14 +145,14 @@ class Aim:
             f"the mean {self.of_what} of what goes light is {risk:.4g}, every source counted once"
         )
 
-    def promise(self, units: int, recordings: bool) -> str | None:
-        """What holds for new data, or None. recordings: a source has several samples."""
+    def promise(self, units: int, recordings: bool, what: str = "samples") -> str | None:
+        """What holds for new data, or None. recordings: a source has several samples. what: as in `how`."""
         if self.guarantee is None:
             return None
         like = f"like these {units}, {'every one counted once, ' if recordings else ''}"
         cut = f" (above {self.bound:g} it counts as {self.bound:g})"
         new = f"for new {'recordings' if recordings else 'samples'} {like}"
         if self.guarantee == "mean":
-            return f"{new}the mean {self.of_what} over all samples is at most {self.epsilon:g} on average{cut}"
+            return f"{new}the mean {self.of_what} over all {what} is at most {self.epsilon:g} on average{cut}"
         sure = f"with {100 * (1 - (self.delta or 0.0)):.4g} % confidence, {new}"
         return f"{sure}the mean {self.of_what} among what goes light is at most {self.epsilon:g}{cut}"

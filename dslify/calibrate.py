@@ -23,6 +23,8 @@ from .errors import DataError
 from .observe import Metric, plain
 from .runs import History
 from .samples import Samples, raw_bytes
+from .schedule import device_of
+from .segmented import counted, segments_in
 from .switch import DSLayer, required_layers
 from .thresholds import risk_by_count, threshold_after
 from .tradeoff import BOUND, CONFIDENCE, Risks, curve_path, measured, tabulated, write_curve
@@ -38,7 +40,8 @@ class Calibration:
 
     threshold: as stored in the layer. kind: what scores are: "difference", predicted relative differences, or
     "positive", probabilities of a positive. how: a sentence.
-    n, sources: samples used, and the recordings they were cut from. share: part of them that goes light, 0 to 1.
+    n, sources: samples used, and the recordings they were cut from; where segments are routed, n counts these, and
+    `segments` how many each sample has. share: part of them that goes light, 0 to 1.
     mean_difference: over these samples, those on the full path counting 0.
     light_share, max_difference, max_metric: what was asked for, or None. overlap: samples that training has seen too,
     None where nobody said what it was trained on. notes: what to beware of.
@@ -67,6 +70,7 @@ class Calibration:
     risk: float | None = None
     kind: str = "difference"
     layers: tuple[Calibration, ...] = ()
+    segments: int = 1
 
     def to_json(self) -> dict[str, Any]:
         return plain(asdict(self))
@@ -109,18 +113,21 @@ def calibrate(
     curve: a .csv or .json file for what every threshold would do (see `tradeoff`), replaced if it is there.
     training: what finetune returned, or its run folder, or several; samples that it has seen are counted, and a note
     warns of them. A layer whose scale fine-tuning has not measured gets the scale of this data.
+    A layer that routes segments is calibrated on these, so a share is one of segments; whole segments are needed. Their
+    recordings stay what is exchangeable with those to come.
     Between two neighbouring scores every threshold routes alike; the middle is taken, so that rounding tips no sample.
     What was found is also kept in the network, and by dslify.save; `recorded` reads it.
     Raises OptionError for a value out of range or a network without a DSLayer, DataError for fewer than 20 samples at
-    a layer, for fewer sources than the guarantee needs, for scores and differences that are not numbers, or for a
-    folder that is no run. The thresholds are then as they were.
+    a layer, for fewer sources than the guarantee needs, for samples that are no whole segments, for scores and
+    differences that are not numbers, or for a folder that is no run. The thresholds are then as they were.
     """
     asked = Aim.of(light_share, max_difference, max_metric, guarantee, confidence, bound, metric is not None)
     layers = required_layers(net)
     file = None if curve is None else curve_path(curve)
     samples = open_data(data, net, progress=progress)
     aim = asked.split(len(layers))
-    _enough(len(samples), len(set(samples.sources)), aim, "")
+    count = segments_in(net, samples.batch([0]).to(device_of(net)))
+    _enough(len(samples) * count, len(set(samples.sources)), aim, "", counted(count))
     overlap = None if training is None else _overlap(samples, training)
     risks = measured(net, samples, metric, batch_size, progress)
     records: list[Calibration] = []
@@ -149,7 +156,8 @@ def _record(risks: Risks, at: int, used: np.ndarray, layer: DSLayer, aim: Aim, w
     seen, n = risks.seen[at], int(used.sum())
     units = risks.unit[used]
     sources = len(np.unique(units))
-    _enough(n, sources, aim, where)
+    what = counted(seen.segments)
+    _enough(n, sources, aim, where, what)
     score, raw = seen.score[used], risks.loss[at][used]
     loss = aim.cut_off(raw)
     k = aim.count(score, loss, units)
@@ -159,12 +167,12 @@ def _record(risks: Risks, at: int, used: np.ndarray, layer: DSLayer, aim: Aim, w
     if aim.guarantee and k == 0:
         notes.append("nothing could be promised for any sample, so none goes light; give more data, or ask for less")
     if cut := int((raw > loss).sum()):
-        notes.append(f"{cut} of {n} samples lose more than {aim.bound:g} on the light path, which counts as that much")
+        notes.append(f"{cut} of {n} {what} lose more than {aim.bound:g} on the light path, which counts as that much")
     if sources < FEWEST:
-        notes.append(f"the {n} samples come from {sources} sources only; samples of one source are alike")
+        notes.append(f"the {n} {what} come from {sources} sources only; {what} of one source are alike")
     return Calibration(
         tau,
-        aim.how(k, n, sources, risk),
+        aim.how(k, n, sources, risk, what),
         n,
         sources,
         share=k / n,
@@ -178,19 +186,20 @@ def _record(risks: Risks, at: int, used: np.ndarray, layer: DSLayer, aim: Aim, w
         delta=aim.delta,
         units=sources if aim.guarantee else None,
         bound=aim.bound,
-        promise=aim.promise(sources, sources < n),
+        promise=aim.promise(sources, sources < n, what),
         risk=None if aim.epsilon is None else risk,
         kind=getattr(layer.switch, "kind", "difference"),
+        segments=seen.segments,
     )
 
 
-def _enough(n: int, sources: int, aim: Aim, where: str) -> None:
+def _enough(n: int, sources: int, aim: Aim, where: str, what: str) -> None:
     """Raises DataError where n samples from so many sources are too few for any threshold, or for the guarantee."""
     if n < FEWEST:
         way = " Give more data, or let less go light before." if where else ""
-        raise DataError(f"A threshold needs at least {FEWEST} samples to calibrate on; got {n}{where}.{way}")
+        raise DataError(f"A threshold needs at least {FEWEST} {what} to calibrate on; got {n}{where}.{way}")
     if sources < aim.needs:
-        once = " (samples of one source count once)" if sources < n else ""
+        once = f" ({what} of one source count once)" if sources < n else ""
         raise DataError(
             f"A guarantee of {aim.epsilon:g} takes at least {aim.needs} sources{once}; got {sources}{where}. Give more "
             "data, or ask for less."

@@ -115,11 +115,13 @@ def insert(
     at: o.At,
     light: o.Light = None,
     mode: o.Mode = "dsl",
+    init: o.Init = "inherited",
     width: o.Width = None,
     cost: o.CostShare = None,
     depth: o.Depth = "1",
     latency: o.LatencyShare = None,
     runtime: o.LatencyRuntime = None,
+    route_every: o.RouteEvery = None,
     scope: o.Scope = None,
     to: o.To = None,
     input: o.Input = None,
@@ -146,6 +148,7 @@ def insert(
         "depth": share("depth", depth),
         "latency": None if latency is None else number("latency", latency, "above 0 and below 1", above=0, below=1),
         "runtime": runtime,
+        "route_every": None if route_every is None else whole("route-every", route_every, least=1),
         "seed": whole("seed", seed),
     }
     with Output(as_json, quiet) as out:
@@ -159,7 +162,7 @@ def insert(
 
             network, example = network_and_inputs(model, input, trust, code, arch)
             inputs: dict[str, Any] = {"example_inputs": example.args, "example_kwargs": example.kwargs}
-            parts: dict[str, Any] = {"mask": mask, "light": light, "mode": mode, "projection": projection}
+            parts: dict[str, Any] = {"mask": mask, "light": light, "mode": mode, "init": init, "projection": projection}
             net = surgery(network, at, scope=scope, to=to, progress=out.progress, **parts, **inputs, **options)
         written = save(net, target, force=force)
         out.show(f"{model}: {type(network).__name__}, {example.words}")

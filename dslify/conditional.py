@@ -17,6 +17,7 @@ from .attempt import quietly
 from .errors import ExportError, one_line
 from .functional import copied, symbolic
 from .guards import Guards
+from .parts import Scored
 from .programs import ANY, example_of, free_axes
 from .switch import DSLayer
 
@@ -32,13 +33,12 @@ class Conditional(nn.Module):
 
     def __init__(self, layer: DSLayer):
         super().__init__()
-        self.mask, self.switch, self.light, self.full = layer.mask, layer.switch, layer.light, layer.full
-        self._pooled = layer.pooled
+        self.scored, self.light, self.full = Scored(layer), layer.light, layer.full
         self.register_buffer("threshold", layer.threshold.clone())
 
     def forward(self, cut: Tensor, *crossing: Any) -> Any:
-        masked = self.mask(cut)
-        light_taken = (self.switch(self._pooled(masked)) < self.threshold).all()
+        masked, score = self.scored(cut)
+        light_taken = (score < self.threshold).all()
         inputs = (masked, *crossing)
         paths = (self.light, self.full)
         with disable_proxy_modes_tracing():  # for their shapes

@@ -126,11 +126,13 @@ def network_and_inputs(
     return network, example_for(network, spec)
 
 
-def dslified(file: Path) -> nn.Module:
-    """The network of a .dsl file."""
+def dslified(file: Path, into: nn.Module | None = None) -> nn.Module:
+    """The network of a .dsl file; where that holds a scope of `into`, the whole of it."""
     from . import load
+    from .notes import noted
 
-    return load(file)
+    net = load(file)
+    return net if into is None or noted(net, "scope") is None else load(file, into=into)
 
 
 def read_data(
@@ -147,9 +149,12 @@ def read_data(
     labels: a CSV table. workers: as written on the command line. The report also goes to `out.read`.
     """
     count = whole("workers", workers)
+    import torch
+
     from . import open_data
     from .data import DEFAULT_RATE
     from .samples import expected_classes, expected_shape, shaped
+    from .segmented import segments_in
 
     shape = expected_shape(net)
     if segment is not None and shape:
@@ -158,6 +163,8 @@ def read_data(
                 f"--segment is for sound, and the network reads {shaped(shape)} per sample; leave it out."
             )
         shape = (*shape[:-1], max(1, round(segment * (rate or DEFAULT_RATE))))
+    if shape and Path(source).is_dir():  # what will be cut to this shape; told before anything is read
+        segments_in(net, torch.zeros(1, *shape), rate or DEFAULT_RATE)
     known: dict[str, Any] = {"labels": labels, "classes": expected_classes(net), "workers": count}
     samples = open_data(source, net if segment is None else shape, rate=rate, progress=out.progress, **known)
     out.read.append(samples.report.to_json())
@@ -175,7 +182,14 @@ def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -
 
     layers, rows = dsl_layers(net), cost(net)
     several = len(layers) > 1
-    documents = [{"threshold": layer.threshold.item(), "plan": layer.plan.to_json()} for layer in layers]
+    documents = [
+        {
+            "threshold": layer.threshold.item(),
+            "plan": layer.plan.to_json(),
+            "segments": layer.segments.to_json() if layer.segments is not None else None,
+        }
+        for layer in layers
+    ]
     out.document = {"file": str(file), **documents[0], "cost": [row.to_json() for row in rows]}
     if several:
         out.document["layers"] = documents
@@ -185,6 +199,8 @@ def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -
         out.show(*[""] * several, report.surgery(planned(layer.plan) if several else rows, layer.plan))
         if layer.plan.latency is not None:
             out.show("", report.latency_fit(layer.plan.latency))
+        if layer.segments is not None:
+            out.show(f"routes {layer.segments.words}")
         if explain:
             out.show(explanation(layer.plan))
     if kept := recorded(net):

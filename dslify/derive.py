@@ -14,6 +14,8 @@ from .depth import residual_branches, shallower
 from .errors import OptionError, VerifyError
 from .isolate import in_child
 from .light import build
+from .macs import count
+from .separable import separate
 from .verify import PERMUTED, check_light, misfit, misunderstood, permutation_error
 from .widths import decide
 
@@ -25,7 +27,8 @@ class Derived:
     """A light path and what it was made from.
 
     region: the full region, or with `depth` a copy without the branches named in `dropped`. axes: of that region.
-    distrusted: nodes whose rule did not hold on this network, and why; they stayed at full width.
+    distrusted: nodes whose rule did not hold on this network, and why; they stayed at full width. separated: weights
+    whose convolutions became depthwise and pointwise.
     """
 
     region: fx.GraphModule
@@ -36,6 +39,7 @@ class Derived:
     light: fx.GraphModule
     dropped: tuple[str, ...]
     distrusted: dict[str, str]
+    separated: tuple[str, ...] = ()
 
 
 def derive(
@@ -47,12 +51,14 @@ def derive(
     projection: bool = True,
     seed: int = 0,
     samples: int = 1,
+    separable: bool = False,
 ) -> Derived:
     """The light path of the region `full`, verified on `inputs` (values of cut and crossing).
 
     An operator whose rule fails the permutation test, or whose narrow copy does not run, is treated as unknown: what it
-    touches stays at full width, and the next attempt begins. samples: as in axes.analyse(). Raises VerifyError when
-    that does not help, OptionError for a cost that narrowing cannot reach, or a depth where no branch can be left out.
+    touches stays at full width, and the next attempt begins. samples: as in axes.analyse(). separable: make its
+    convolutions depthwise and pointwise (separable.separate). Raises VerifyError when that does not help, OptionError
+    for a cost that narrowing cannot reach, or a depth where no branch can be left out.
     """
     region, dropped = shallower(full, depth)
     if depth < 1 and not residual_branches(full):
@@ -66,15 +72,16 @@ def derive(
         if not permutation_error(axes, inputs, seed) < PERMUTED:
             _distrust(distrusted, misunderstood(axes, inputs, seed), "its rule does not hold here", None)
             continue
-        reached = width if cost is None else width_for(axes, cost, projection)
+        reached = width if cost is None else width_for(axes, cost, projection, inputs if separable else None)
         kept, projected = decide(axes, reached, projection)
         light = build(axes, kept, projected)
+        separated = separate(light) if separable else ()
         try:
             in_child(lambda light=light: check_light(light, full, inputs))  # type: ignore[misc]
         except VerifyError as error:
             _distrust(distrusted, misfit(light, axes, inputs, sizes(kept)), "its narrow copy does not run", error)
             continue
-        return Derived(region, axes, reached, kept, projected, light, dropped, distrusted)
+        return Derived(region, axes, reached, kept, projected, light, dropped, distrusted, separated)
 
 
 def _distrust(distrusted: dict[str, str], node: str | None, why: str, error: VerifyError | None) -> None:
@@ -87,12 +94,20 @@ def _distrust(distrusted: dict[str, str], node: str | None, why: str, error: Ver
     distrusted[node] = why
 
 
-def width_for(axes: AxisMap, cost: float, projection: bool) -> float:
-    """The largest width whose light path has at most `cost` of the region's MACs, by bisection."""
-    whole = axes.macs()
+def width_for(axes: AxisMap, cost: float, projection: bool, separable: Sequence[Any] | None = None) -> float:
+    """The largest width whose light path has at most `cost` of the region's MACs, by bisection.
+
+    separable: the region's inputs, if the light path's convolutions become depthwise and pointwise.
+    """
+    whole = axes.macs() if separable is None else count(axes.region, *separable)[0]
 
     def share(width: float) -> float:
-        return axes.macs(*decide(axes, width, projection)) / max(1, whole)
+        kept, projected = decide(axes, width, projection)
+        if separable is None:
+            return axes.macs(kept, projected) / max(1, whole)
+        light = build(axes, kept, projected)
+        separate(light)
+        return count(light, *separable)[0] / max(1, whole)
 
     low, high = 1e-3, 1.0
     if share(low) > cost:

@@ -29,10 +29,15 @@ def evaluation(result: Evaluation) -> RenderableType:
     thresholds = ", ".join(figure(layer.threshold) for layer in result.layers)
     several = len(result.layers) > 1
     word = "thresholds" if several else "threshold"
-    head = f"{result.n} samples from {result.sources} sources, {word} {thresholds}; [95 % over sources]"
+    counted = (
+        f"{result.n} segments of {result.n // result.segments} samples"
+        if result.segments > 1
+        else f"{result.n} samples"
+    )
+    head = f"{counted} from {result.sources} sources, {word} {thresholds}; [95 % over sources]"
     tables = [routes(result.rows), *([uses(result.layers)] if several else [])]
     for layer in result.layers:
-        tables += list(_layer(layer, several))
+        tables += list(_layer(layer, several, "segments" if result.segments > 1 else "samples"))
     if result.gating and several:
         tables.append(_gating(result.gating, "all gates together"))
     loudness = with_interval(result.saved_loudness, result.saved_loudness_interval, percent)
@@ -81,11 +86,11 @@ def uses(layers: Iterable[Use]) -> RenderableType:
     return table
 
 
-def _layer(layer: Use, several: bool) -> Iterator[RenderableType]:
-    """What a layer does with each kind, and how well it predicts, or as a gate stops."""
+def _layer(layer: Use, several: bool, counted: str) -> Iterator[RenderableType]:
+    """What a layer does with each kind, and how well it predicts, or as a gate stops. counted: what is routed."""
     if layer.kinds:
         words = (line(f"layer {layer.layer}, of what reaches it"),) if several else ()
-        yield Group(*words, shares(layer.kinds))
+        yield Group(*words, shares(layer.kinds, counted))
         if layer.switch == "difference":
             yield predictions(layer.kinds)
     if layer.gating:
@@ -98,9 +103,9 @@ def _gating(found: Gating, words: str) -> Text:
     return line(f"{words}: {recall} of the positives go on, {stopped} of the negatives are stopped")
 
 
-def shares(kinds: Iterable[Kind]) -> RenderableType:
-    """Per kind of sample: how many go light, and what that costs."""
-    table = plain_table("kind", "samples", "sources", "light", "difference\nif light", "as\nrouted")
+def shares(kinds: Iterable[Kind], counted: str = "samples") -> RenderableType:
+    """Per kind of sample: how many go light, and what that costs. counted: "segments" where these are routed."""
+    table = plain_table("kind", counted, "sources", "light", "difference\nif light", "as\nrouted")
     for kind in kinds:
         share = with_interval(kind.share, kind.share_interval, percent)
         cells = (str(kind.n), str(kind.sources), share, figure(kind.difference), figure(kind.mixed))

@@ -52,7 +52,7 @@ def grouped(tensors: Iterable[NarrowedTensor]) -> list[Rows]:
 
 def explanation(plan: Plan) -> RenderableType:
     """Every tensor of the light path, why axes stayed, the projections, branches left out, operators without a rule."""
-    if plan.light != "narrow":
+    if plan.light in ANSWERS:
         return Text(f"\nThe light path ({plan.light}) is {ANSWERS[plan.light]}.", overflow="fold")
     rows = grouped(plan.tensors)
     prefix = _prefix([row.name for row in rows])
@@ -66,6 +66,7 @@ def explanation(plan: Plan) -> RenderableType:
         ("Axes that stayed, as tensor[axis], and why", _stayed(rows, prefix)),
         ("Projections", _projections(plan)),
         ("Residual branches left out", list(plan.dropped)),
+        ("Convolutions that became depthwise and pointwise, by the pointwise weight", list(plan.separated)),
         ("Operators that are not understood", _ledger(plan)),
     ):
         if lines:

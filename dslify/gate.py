@@ -86,8 +86,9 @@ class GatedMaskObjective(LightObjective):
         for layer, how, answers in zip(self.layers, self.how, self._answers(positions), strict=True):
             masked, _, full, original = answers
             score = layer.switch(layer.pooled(masked))
+            told = [one.to(score.device).repeat_interleave(len(score) // len(one)) for one in (positive, weight)]
             losses = (
-                gate_loss(score, positive.to(score.device), weight.to(score.device)),
+                gate_loss(score, *told),
                 layer.mask.penalty(masked),
                 anchor_loss(full, original, layer.scale, layer.outputs, how),
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TrainError
-from .losses import anchor_loss, comparable, difference, light_loss, sample_scale, switch_loss
+from .losses import anchor_loss, comparable, layer_difference, light_loss, sample_scale, switch_loss
 from .output_losses import OutputLoss, output_losses
 from .samples import Samples, expected_shape
 from .schedule import device_of
@@ -192,7 +192,8 @@ def gather(
 def judge(
     net: nn.Module, layers: Sequence[DSLayer], batches: Batches, samples: Samples
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For every layer the switch's features, (n, 2 channels), and the actual differences, (n,)."""
+    """For every layer the switch's features, (n, 2 channels), and the actual differences, (n,); of a layer that routes
+    segments, n counts these, sample by sample."""
     features: list[list[Tensor]] = [[] for _ in layers]
     actual: list[list[Tensor]] = [[] for _ in layers]
     read = Reader(net, layers)
@@ -200,8 +201,8 @@ def judge(
         read(batch)
         for at, layer in enumerate(layers):
             paths = _ran(layer)
-            gaps = difference(paths.light or (), paths.full or (), layer.scale, layer.outputs)
-            check_finite(gaps[:, None], samples, begin)
+            gaps = layer_difference(layer, paths.light, paths.full)
+            check_finite(gaps.reshape(len(batch), -1), samples, begin)
             features[at].append(layer.switch.features(layer.pooled(paths.masked)))
             actual[at].append(gaps)
     return [torch.cat(parts) for parts in features], [torch.cat(parts) for parts in actual]

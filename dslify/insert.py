@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from . import routing
 from .answers import answering
 from .axes import analyse, node_macs
 from .capture import Graph, capture, evaluating, scope_inputs
@@ -24,9 +25,10 @@ from .images import pixels_of
 from .macs import count, parameter_count
 from .nest import flatten, host_of, plain
 from .plan import Plan, narrowed, projections
-from .request import RUNTIMES, Request
+from .request import COPIES, RUNTIMES, Request
 from .survey import Survey
 from .switch import Layout, dsl_layers, route
+from .unlearned import randomise
 from .verify import check_light
 from .widths import decide
 
@@ -51,6 +53,8 @@ def insert(
     latency: float | None = None,
     runtime: str | None = None,
     progress: bool | None = False,
+    init: str = "inherited",
+    route_every: int | None = None,
 ) -> nn.Module:
     """Cut `model` behind `at` and put a Dynamic Switch Layer there.
 
@@ -63,20 +67,25 @@ def insert(
     thresholds on the "activation" of each channel (dslify.mask). projection: let a learned 1x1 projection narrow the
     trunk where that saves MACs. depth: share of the residual branches (by MACs) that the light path keeps, in (0, 1].
     seed: of the switch's first weights. light: what takes the region's place for easy inputs: a "narrow" copy (width,
-    cost, depth and projection are about it alone), a constant ("exit"), pooled features and a linear layer ("head"), or
-    nothing ("identity", with `to`). mode: "dsl", whose switch predicts the difference between the paths, or "gc", whose
+    cost, depth and projection are about copies alone), a narrow copy whose convolutions are depthwise and pointwise
+    ("separable", see dslify.separable), a constant ("exit"), pooled features and a linear layer ("head"), or nothing
+    ("identity", with `to`). init: first weights of a copy, "inherited" from the region, or "random" to hold those
+    against (dslify.unlearned). mode: "dsl", whose switch predicts the difference between the paths, or "gc", whose
     switch is a gate that learns labels (Gated Compression, arXiv 2303.08970). light is "narrow" for "dsl" and "exit"
     for "gc" unless given. latency: instead of width, cost and depth, the share of the time of what lies behind the cut
     that the light path may take, in (0, 1): of the light paths that do, measured on one thread at the example's size in
     `runtime` ("onnxruntime", unless "eager" is given), the one of most MACs. progress: of that search; None shows it on
-    a terminal. A network that holds a layer already gets another one: inside the full path of the first,
+    a terminal. route_every: route long sequences segment by segment, so many entries of the network's input each
+    (dslify.route_every). A network that holds a layer already gets another one: inside the full path of the first,
     before it or after it.
 
     Returns a new module in eval mode: the captured graph with a DSLayer as one node, or with `scope` a copy of the
     model that holds it. Its full route is the given network. Untrained, it takes the full path always (threshold 0).
     Raises CaptureError, CutError, OptionError, VerifyError, and with a latency ExportError.
     """
-    request = Request(at, width, scope, to, mask, projection, cost, depth, seed, light, mode, latency, runtime)
+    request = Request(
+        at, width, scope, to, mask, projection, cost, depth, seed, light, mode, latency, runtime, init, route_every
+    )
     if example_inputs is None:
         example_inputs, example_kwargs, _ = example_for(model)
     inner, args, kwargs = scope_inputs(model, scope, example_inputs, example_kwargs)
@@ -85,6 +94,8 @@ def insert(
         if dsl_layers(inner)
         else insert_into(capture(inner, args, kwargs), request, progress=progress)
     )
+    if request.route_every is not None:
+        routing.route_every(net, request.route_every)
     if known := pixels_of(model):
         net.meta["dslify"] = {**net.meta["dslify"], "pixels": known.to_json()}
     if scope is None:
@@ -106,6 +117,11 @@ def insert_again(
         raise OptionError("at=auto chooses the first cut of a network, and this one has a layer; name the second cut.")
     net = cast(fx.GraphModule, copied(net))
     host = host_of(net, request.at, args, kwargs)
+    if host.layer is not None and host.layer.segments is not None:
+        raise OptionError(
+            f"--at {request.at} lies inside the full path of a layer that routes by segments, which a second layer "
+            "there would not see as such; first let it route whole samples: dslify.route_every(net, None)."
+        )
     cut = insert_into(host.graph, request, host.first, progress)
     if host.layer is None:
         return cut
@@ -139,18 +155,19 @@ def insert_into(
         where = request.runtime or RUNTIMES[0]
         fit = fit_latency(region, inputs, request.latency, where, request.projection, request.seed, samples, progress)
         request = replace(request, latency=None, runtime=None, width=fit.chosen.width, depth=fit.chosen.depth)
+    separable, copy = request.answer == "separable", request.answer in COPIES
+    asked = (request.kept, request.cost, request.depth, request.projection, request.seed, samples, separable)
     derived = (
-        derive(region, inputs, request.kept, request.cost, request.depth, request.projection, request.seed, samples)
-        if request.answer == "narrow"
-        else _answered(module, parts, region, inputs, request, samples, first)
+        derive(region, inputs, *asked) if copy else _answered(module, parts, region, inputs, request, samples, first)
     )
+    if request.init == "random":
+        randomise(derived.light, request.seed)
     axes, kept, projected = derived.axes, derived.kept, derived.projected
     layer = make_layer(
         module, parts, axes, derived.light, full, inputs, request.mask, request.kind, request.seed, first
     )
     untouched = region is axes.region and not derived.distrusted
-    narrow = request.answer == "narrow"
-    if narrow:
+    if copy and not separable:
         light_macs = axes.macs(kept, projected)
         plain_macs = axes.macs(*decide(axes, derived.width, projection=False)) if projected else light_macs
     else:
@@ -171,11 +188,11 @@ def insert_into(
             "base": sum(node_macs(module, samples, parts.base).values()),
             "full": axes.macs() if untouched else sum(node_macs(region, samples).values()),
             "light": light_macs,
-            "unprojected": plain_macs,
+            **({} if separable else {"unprojected": plain_macs}),
         },
         projections=projections(axes, kept, projected),
-        tensors=narrowed(axes, kept, projected) if narrow else (),
-        ledger=axes.ledger if narrow else {},
+        tensors=narrowed(axes, projected, derived.light) if copy else (),
+        ledger=axes.ledger if copy else {},
         depth=request.depth,
         dropped=derived.dropped,
         distrusted=derived.distrusted,
@@ -183,6 +200,8 @@ def insert_into(
         light=request.answer,
         seed=request.seed,
         latency=fit,
+        separated=derived.separated,
+        init=request.init,
     )
     net = assemble(module, parts, layer)
     leaves = [leaf for leaf in pytree.tree_leaves((captured.args, captured.kwargs)) if isinstance(leaf, Tensor)]

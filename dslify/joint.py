@@ -25,6 +25,7 @@ from .losses import dsl_loss
 from .output_losses import Kinds
 from .samples import Samples
 from .schedule import device_of
+from .segments import Stretch
 from .switch import DSLayer, Layout, Paths
 
 ROUTES = ("full", "mixed")
@@ -34,9 +35,10 @@ _BATCH_STATISTICS = 5  # position of `training` among the arguments of aten.batc
 class JointLayer(DSLayer):
     """A DSLayer as it trains jointly: both paths run on every sample.
 
-    What goes on is the full answer or, with routes="mixed", the light one for the `share` of the batch with the lowest
-    scores, so that what follows learns to read both. mask, switch and light are those of `layer`; full is its full path
-    in training mode, which may read more values (sizes, for random numbers): `read` are the positions of light's own.
+    What goes on is the full answer or, with routes="mixed", the light one for the `share` of the batch, or of all its
+    segments, with the lowest scores, so that what follows learns to read both. mask, switch and light are those of
+    `layer`; full is its full path in training mode, which may read more values (sizes, for random numbers): `read` are
+    the positions of light's own.
     """
 
     def __init__(self, layer: DSLayer, light: nn.Module, full: nn.Module, read: list[int], routes: str, share: float):
@@ -44,7 +46,7 @@ class JointLayer(DSLayer):
             layer.mask, layer.switch, light, full, layer.inputs, layer.outputs, layer.channel_axis, layer.routable,
             layer.plan,
         )  # fmt: skip
-        self.threshold, self.scale = layer.threshold, layer.scale
+        self.threshold, self.scale, self.segments = layer.threshold, layer.scale, layer.segments
         self.read, self.routes, self.share = read, routes, share
 
     def forward(self, cut: Tensor, *crossing: Any) -> Any:
@@ -52,24 +54,46 @@ class JointLayer(DSLayer):
         inputs = (masked, *crossing)
         score = self.switch(self.pooled(masked))
         light, full = self.light(*(inputs[at] for at in self.read)), self.full(*inputs)
-        self.paths = Paths(masked, score, light=light, full=full)
+        self.paths = Paths(masked, score, light=light, full=full, segments=self._segments(masked))
         outputs = full
-        count = len(score)
-        if self.routes == "mixed" and (cheap := round(self.share * count)):
+        if self.routes == "mixed" and (cheap := round(self.share * len(score))):
             taken = torch.zeros_like(score, dtype=torch.bool).index_fill(0, score.detach().argsort()[:cheap], True)
             self.paths = replace(self.paths, light_taken=taken)
-            at_light, at_full = taken.nonzero().squeeze(1), (~taken).nonzero().squeeze(1)
-            outputs = tuple(
-                self._merge(
-                    place,
-                    place.take(mine, at_light, count),
-                    place.take(theirs, at_full, count),
-                    at_light,
-                    at_full,
-                )
-                for place, mine, theirs in zip(self.outputs, light, full, strict=True)
-            )
+            outputs = self._chosen_answers(light, full, taken, self.paths.segments)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _chosen_answers(
+        self, light: tuple[Any, ...], full: tuple[Any, ...], taken: Tensor, segments: int
+    ) -> tuple[Any, ...]:
+        """Of each output the light answer where `taken` says so, sample by sample or segment by segment."""
+        if self.segments is not None:
+            by_sample, frames = taken.view(-1, segments), self.segments.frames
+            return tuple(
+                torch.where(_along(by_sample, theirs, place, out, frames), mine, theirs)
+                for place, out, mine, theirs in zip(self.outputs, self.segments.outputs, light, full, strict=True)
+            )
+        at_light, at_full = taken.nonzero().squeeze(1), (~taken).nonzero().squeeze(1)
+        count = len(taken)
+        return tuple(
+            self._merge(
+                place,
+                place.take(mine, at_light, count),
+                place.take(theirs, at_full, count),
+                at_light,
+                at_full,
+            )
+            for place, mine, theirs in zip(self.outputs, light, full, strict=True)
+        )
+
+
+def _along(taken: Tensor, value: Tensor, place: Layout, stretch: Stretch, frames: int) -> Tensor:
+    """Flags of segments, (batch, segments), as these lie in an output of the region; broadcasts against it.
+
+    frames: of a segment at the cut.
+    """
+    axis = stretch.axis or 0
+    flags = taken.repeat_interleave(stretch.at(frames), 1)[:, : value.shape[axis]]
+    return flags[(...,) + (None,) * (value.dim() - 2)].movedim((0, 1), (place.axis or 0, axis))
 
 
 class JointObjective(nn.Module):

@@ -89,6 +89,7 @@ def finetune(
         if joint is not None and task_loss is not None:
             plain = load_model(joint, trust=trust or (), code=code or (), arch=arch)
             options["joint"] = Joint(plain, named_function(task_loss, "--task-loss"), **together)
+            net = dslified(file, into=plain)  # the task may be about more than the scope
         folder = run_dir or run_folder(file, resume)
         samples = read_data(net, data, rate_hz, length, out, labels, workers)
         others = None if switch_data is None else read_data(net, switch_data, rate_hz, length, out, labels, workers)

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from .errors import TrainError
 from .output_losses import PLAIN, Kinds, OutputLoss, output_loss, output_losses, row_means, single, unit_of
-from .switch import Layout, required_layers
+from .segments import by_segment
+from .switch import DSLayer, Layout, required_layers
 
 SCORE_FLOOR = 1e-3  # of a relative difference, before its logarithm: 0.1 % counts as none
 
@@ -63,6 +64,18 @@ def difference(light: Sequence[Any], full: Sequence[Any], scale: Tensor, layouts
     if not gaps:
         raise TrainError(_nothing_to_compare(full))
     return torch.stack(gaps).mean(0)
+
+
+def layer_difference(
+    layer: DSLayer, light: Sequence[Any] | None, full: Sequence[Any] | None, scale: Tensor | None = None
+) -> Tensor:
+    """`difference` of a layer's outputs, one number for whatever it routes: (batch,), or where it has segments one for
+    each of them, (batch * segments,), sample-major.
+
+    scale: the layer's where not given. Raises OptionError for outputs that are not made of whole segments.
+    """
+    unit = layer.scale if scale is None else scale
+    return difference(by_segment(layer, light or ()), by_segment(layer, full or ()), unit, layer.outputs)
 
 
 def light_loss(
@@ -198,7 +211,7 @@ def dsl_loss(
         about = (layer.scale, layer.outputs)
         parts.append(
             (
-                switch_loss(paths.score, difference(_stopped(paths.light), _stopped(paths.full), *about)),
+                switch_loss(paths.score, layer_difference(layer, _stopped(paths.light), _stopped(paths.full))),
                 light_loss(paths.light, paths.full, *about, how),
                 layer.mask.penalty(paths.masked),
                 anchor_loss(paths.full, paths.original, *about, how),

@@ -26,7 +26,7 @@ from .probe import Judge
 from .resampling import ROUNDING, Interval, Resample
 from .rivals import Rivals, Row
 from .samples import Samples, expected_classes
-from .switch import required_layers
+from .switch import DSLayer, required_layers
 from .uses import Gating, Kind, Use, gating, use
 
 EQUAL = 0.01  # mean relative difference of light and full under which any routing passes
@@ -39,6 +39,7 @@ GROUPS = ("label", "source", "all")
 class Evaluation:
     """What `evaluate` found. Intervals: 95 %, bootstrap over sources.
 
+    n: samples, or where the layer routes segments these, `segments` of each sample.
     rows: full, light, mixed, random, oracle, loudness. layers: what each layer's switch does, outermost first.
     saved: part of random routing's difference that the switch avoids, 1 - mixed / random; saved_loudness: the same
     against loudness. reach: how far mixed gets from random towards the oracle, 0 to 1. composed: the mixed difference
@@ -62,6 +63,7 @@ class Evaluation:
     notes: tuple[str, ...]
     seed: int
     gating: Gating | None = None
+    segments: int = 1
 
     @property
     def threshold(self) -> float:
@@ -101,9 +103,11 @@ def evaluate(
     (batch, classes), and the labels are class indices or names sorted like the training set's. positive: what a gate
     must not stop, all that `omega` takes: "1-9", "yes,no", a set, a callable. by: what the kinds of samples are:
     "label", "source", or "all" for none. seed: of the bootstrap.
+    Segments that are routed one by one are samples of their own, with label and source of the one they are part of;
+    metric and accuracy stay those of whole samples, for full, light and mixed.
     Raises OptionError for a network without a DSLayer or with too many (cascade.ways), a metric of another shape, an
     output that is no logits, or `positive` without a gate; DataError for no usable data, labels that do not fit or
-    values that are not numbers.
+    values that are not numbers, or samples that are no whole segments.
     """
     layers = required_layers(net)
     if by not in GROUPS:
@@ -119,7 +123,9 @@ def evaluate(
     )
     macs = {row.name: float(row.macs) for row in cost(net)} if noted(net, "example") else {}
     switches = [(layer.switch.kind, layer.threshold.item()) for layer in layers]
-    return compare(seen, outcomes, switches, macs, chosen, seed=seed)
+    wanted = None if chosen is None else chosen.repeat(seen[0].segments)
+    found = compare(seen, outcomes, switches, macs, wanted, seed=seed)
+    return replace(found, notes=(*found.notes, *_warm_up(layers))) if found.segments > 1 else found
 
 
 def _positive(net: nn.Module, words: Any, samples: Samples) -> np.ndarray:
@@ -191,9 +197,10 @@ def compare(
         composed=composed,
         void=void,
         verdict=verdict,
-        notes=tuple(_notes(outcomes, draw, mixed, composed, bool(gates) and positive is None)),
+        notes=tuple(_notes(outcomes, draw, mixed, composed, bool(gates) and positive is None, seen[0].segments)),
         seed=seed,
         gating=None if positive is None else gating(np.any(gates, axis=0), np.ones(n, bool), positive, draw),
+        segments=seen[0].segments,
     )
 
 
@@ -223,7 +230,9 @@ def _verdict(rivals: Rivals, light: float, saved: float, interval: Interval) -> 
     return False, f"{avoided} at the same share{'s' * (len(rivals.seen) > 1)}"
 
 
-def _notes(outcomes: Outcomes, draw: Resample, mixed: float, composed: float, unjudged: bool) -> Iterator[str]:
+def _notes(
+    outcomes: Outcomes, draw: Resample, mixed: float, composed: float, unjudged: bool, segments: int
+) -> Iterator[str]:
     if abs(composed - mixed) > COMPOSED * composed + ROUNDING:
         yield f"routed batches differ from full by {mixed:.4g}, the same samples put together by {composed:.4g}"
     if draw.sources < FEW_SOURCES:
@@ -232,5 +241,18 @@ def _notes(outcomes: Outcomes, draw: Resample, mixed: float, composed: float, un
         apart = draw.interval(draw.means(judged[:, -1] - judged[:, 0]))
         if apart is None or apart[0] <= 0 <= apart[1]:
             yield f"the {name} does not tell light from full within the interval, so its mixed value says nothing"
+    if segments > 1 and outcomes.judged:
+        names = " and ".join(outcomes.judged)
+        yield f"{names}: of whole samples; other ways to route their segments would each take a run of their own"
     if unjudged:
         yield "a gate is judged by what it stops; say with positive= which labels it must let through"
+
+
+def _warm_up(layers: Sequence[DSLayer]) -> Iterator[str]:
+    for layer in layers:
+        if layer.segments is not None and (again := layer.segments.before + layer.segments.after):
+            part = 100 * again / layer.segments.frames
+            yield (
+                f"MACs are without the warm-up of a path that takes over: {again} entries at the cut, {part:.0f} % of "
+                "a segment"
+            )

@@ -16,6 +16,7 @@ from .cascade import Way, parents, ways
 from .errors import DataError, OptionError
 from .probe import MIXED, Columns, Judge, Probe, scales
 from .samples import Samples, show_progress
+from .segmented import counted, each, loudness, segments_in
 from .switch import DSLayer, required_layers
 
 Metric = Callable[[Any, Any], Any]  # (network output, model input) of a batch -> one number per sample
@@ -23,7 +24,8 @@ Metric = Callable[[Any, Any], Any]  # (network output, model input) of a batch -
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """What one pass over the data showed of one layer; arrays with one entry per sample, in the data's order.
+    """What one pass over the data showed of one layer; arrays with one entry per sample, in the data's order. Where the
+    layer routes segments, each of them is a sample here: (n * segments,), sample by sample.
 
     score: the switch's prediction. difference: the relative difference of light and full, which it predicts.
     loudness: dB of the sample's root mean square, 0 dB at 1.0.
@@ -31,8 +33,9 @@ class Observations:
     taken, mixed: of a really routed run: which samples went light, and their difference from the full output, where the
     last layer ends; empty without one.
     scale: mean absolute full output, (outputs,), that the differences are relative to. metric: the user's, per sample,
-    for "full", "light" and "mixed".
+    for "full", "light" and "mixed"; the network's output is judged whole, so all segments of a sample have its value.
     reached: of a routed run: which samples came to the layer; a layer inside a full path is not reached by all.
+    segments: of each sample of the data.
     """
 
     score: np.ndarray
@@ -45,6 +48,7 @@ class Observations:
     mixed: np.ndarray = field(default_factory=lambda: np.zeros(0))
     metric: dict[str, np.ndarray] = field(default_factory=dict)
     reached: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    segments: int = 1
 
     def __len__(self) -> int:
         return len(self.score)
@@ -55,7 +59,8 @@ class Outcomes:
     """What comes of every way through the layers, and of really routing; n samples.
 
     parents: see cascade. difference: from the full output where the last layer ends, (n, ways), ways as cascade orders
-    them. judged: by name of the judgement, (n, ways). mixed, judged_mixed: the same of the routed run, (n,).
+    them. judged: by name of the judgement, (n, ways). mixed, judged_mixed: the same of the routed run, (n,). Where
+    segments are routed, n counts these, and a judgement of a sample stands at each of its segments.
     """
 
     parents: tuple[int | None, ...]
@@ -74,12 +79,14 @@ def collect(
     metric: Metric | None = None,
     progress: bool | None = None,
 ) -> Observations:
-    """Run both paths of a network's one DSLayer over the samples; note score, difference and loudness of each sample.
+    """Run both paths of a network's one DSLayer over the samples; note score, difference and loudness of each sample,
+    or of each segment where the layer routes these.
 
     routed: run every batch a second time with route "mixed" and note what really came out.
     metric: called with (network output, model input) of a batch, returns one number per sample.
     progress: a bar on stderr; None shows one where stderr is a terminal.
-    Raises OptionError without exactly one DSLayer, DataError for unusable samples, scores or differences.
+    Raises OptionError without exactly one DSLayer, DataError for unusable samples, scores or differences, or samples
+    that are not made of whole segments.
     """
     only_layer(net)
     if not routed and metric is None:
@@ -97,7 +104,7 @@ def collect_all(
     other's full path; each difference is taken where its own layer ends.
     Raises OptionError without a DSLayer, DataError for unusable samples, scores or differences.
     """
-    return _observed(*_looked(net, samples, {}, (), batch_size, progress), samples)
+    return _observed(*_looked(net, samples, {}, (), batch_size, progress), samples, _entries(net))
 
 
 def collect_routed(
@@ -116,7 +123,7 @@ def collect_routed(
     above = parents(required_layers(net))
     tried = ways(above)
     table, known = _looked(net, samples, judges, tried, batch_size, progress)
-    seen = _observed(table, known, samples)
+    seen = _observed(table, known, samples, _entries(net))
 
     def by_way(name: str) -> np.ndarray:
         return np.stack([table[name, number] for number in range(len(tried))], axis=1)
@@ -142,6 +149,7 @@ def _looked(
     if not all(layer.routable for layer in layers):  # samples can only be routed one by one
         batch_size = 1
     device = layers[0].threshold.device
+    segments_in(net, samples.batch([0]).to(device))
     batches = [range(at, min(at + batch_size, len(samples))) for at in range(0, len(samples), batch_size)]
     columns: list[Columns] = []
     with evaluating(net), torch.no_grad(), show_progress(progress) as bars:
@@ -154,30 +162,39 @@ def _looked(
     return {key: np.concatenate([column[key] for column in columns]) for key in columns[0]}, known
 
 
-def _observed(table: Columns, known: list[Tensor], samples: Samples) -> tuple[Observations, ...]:
-    """The columns by layer. Raises DataError for scores and differences that are not numbers."""
+def _observed(table: Columns, known: list[Tensor], samples: Samples, entries: int) -> tuple[Observations, ...]:
+    """The columns by layer. entries: of a sample in a segment. Raises DataError for scores and differences that are not
+    numbers."""
+    count = len(table["score", 0]) // len(samples)
     for (name, _), column in table.items():
         bad = np.count_nonzero(~np.isfinite(column)) if name in ("score", "difference") else 0
         if bad:
             raise DataError(
-                f"The {name} of {bad} of {len(samples)} samples is not a finite number; "
+                f"The {name} of {bad} of {len(column)} {counted(count)} is not a finite number; "
                 "look for NaN in the data and in the network's weights."
             )
-    loudness, nothing = samples.rms_db.double().numpy(), np.zeros(0)
+    loud, nothing = loudness(samples, count, entries), np.zeros(0)
+    labels, sources = each(samples.labels, count), each(samples.sources, count)
     return tuple(
         Observations(
             table["score", at],
             table["difference", at],
-            loudness,
-            samples.labels,
-            samples.sources,
+            loud,
+            labels,
+            sources,
             scale,
             taken=table.get(("taken", at), nothing).astype(bool),
             mixed=table.get(("mixed", MIXED), nothing),
             reached=table.get(("reached", at), nothing).astype(bool),
+            segments=count,
         )
         for at, scale in enumerate(known)
     )
+
+
+def _entries(net: nn.Module) -> int:
+    """Of the network's input in one segment, 0 where whole samples are routed."""
+    return next((layer.segments.entries for layer in required_layers(net) if layer.segments is not None), 0)
 
 
 def only_layer(net: nn.Module) -> DSLayer:

@@ -47,12 +47,25 @@ def part_model(program: Program, name: str) -> ModelProto:
     for _ in range(2):
         optimizer.inline(folded)
         optimizer.fold_constants_ir(folded, onnx_shape_inference=True, should_fold=_makes_weights)
+        _without_ones(folded.graph)
         optimizer.remove_unused_nodes(folded)
     model: ModelProto = made.model_proto
     for each in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
         del each.metadata_props[:]  # stacks, with paths of this machine
     _name_sizes(model.graph, program.inputs)
     return model
+
+
+def _without_ones(graph: ir.Graph) -> None:
+    """Leave out products with the number 1, which the exporter writes around an ELU; a runtime keeps some of them."""
+    for node in graph:
+        if node.op_type != "Mul" or node.outputs[0].is_graph_output():
+            continue
+        for value, factor in (node.inputs, reversed(node.inputs)):
+            known = ir.convenience.get_const_tensor(factor) if factor is not None else None
+            if value is not None and known is not None and not known.shape and known.numpy() == 1:
+                ir.convenience.replace_all_uses_with(node.outputs[0], value)
+                break
 
 
 def _makes_weights(node: ir.Node) -> bool | None:

@@ -66,10 +66,19 @@ LatencyShare = Annotated[
 LatencyRuntime = Annotated[
     str | None, typer.Option("--runtime", metavar="NAME", help="where --latency is measured: onnxruntime or eager")
 ]
+RouteEvery = Annotated[
+    str | None,
+    typer.Option("--route-every", metavar="ENTRIES", help="of the input: route long sequences in segments of these"),
+]
 To = Annotated[str | None, typer.Option("--to", metavar="MODULE", help="last module of the light path")]
 Light = Annotated[
     str | None,
-    typer.Option("--light", metavar="KIND", help="narrow copy, exit (a constant), head (pooled features) or identity"),
+    typer.Option(
+        "--light", metavar="KIND", help="narrow copy, separable, exit (a constant), head (pooled) or identity"
+    ),
+]
+Init = Annotated[
+    str, typer.Option("--init", metavar="WORD", help="first weights of a copy: inherited, or random to compare with")
 ]
 Mode = Annotated[str, typer.Option("--mode", metavar="WORD", help="dsl, or gc: a gate that learns labels")]
 MaskKind = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Container, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from .guards import Guards
 from .switch import DSLayer
 
 _RESERVED = ("masked", "score", "threshold")  # names of values that the parts add
+SCORED = "dsl_scored"  # name of the front graph's Scored
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,23 @@ class Parts:
 
 
 class Scored(nn.Module):
-    """Mask and switch of a layer: the activation at the cut -> (masked, score)."""
+    """Mask and switch of a layer: the activation at the cut -> (masked, score), one score for each sample, as a call
+    of a part is decided as a whole; where a layer has segments, the runtime makes a call of each."""
 
     def __init__(self, layer: DSLayer):
         super().__init__()
         self.mask, self.switch = layer.mask, layer.switch
-        self._pooled = layer.pooled
+        whole = copy(layer)
+        whole.segments = None
+        self._pooled = whole.pooled
 
     def forward(self, cut: Tensor) -> tuple[Tensor, Tensor]:
         masked = self.mask(cut)
-        return masked, self.switch(self._pooled(masked))
+        return masked, self.score(masked)
+
+    def score(self, masked: Tensor) -> Tensor:
+        found: Tensor = self.switch(self._pooled(masked))
+        return found
 
 
 def first_call(net: fx.GraphModule) -> fx.Node | None:
@@ -127,8 +136,8 @@ def _front(
     env: dict[fx.Node, Any] = {}
     for node in base:
         _copy(graph, own, net, node, env)
-    own.add_module("dsl_scored", Scored(layer).eval())
-    scored = graph.call_module("dsl_scored", (env[cut],))
+    own.add_module(SCORED, Scored(layer).eval())
+    scored = graph.call_module(SCORED, (env[cut],))
     both = [graph.call_function(operator.getitem, (scored, at)) for at in (0, 1)]
     graph.output((*both, *(env[node] for node in passed)))
     own.graph = graph

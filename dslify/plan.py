@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from torch import nn
+
 from .axes import AxisMap, Kept, sizes
 from .errors import StoreError
 from .functional import tensor_at
@@ -73,8 +75,10 @@ class Plan:
     ledger: operators without a rule, whose axes stayed at full width; distrusted: nodes whose rule did not hold here,
     and why, which are in the ledger too. depth: share of the residual branches' MACs that the light path keeps;
     dropped: branches it does without. why: reasons of at=auto. macs also holds "unprojected": what the light path would
-    cost without projections. light: "narrow", or the kind of a light path that is no copy (dslify.answers): its width
-    is 0, and it has no projections and no tensors of the region. latency: how width and depth were found by latency.
+    cost without projections, unless it is separable. light: "narrow" or "separable", or the kind of a light path that
+    is no copy (dslify.answers): its width is 0, and it has no projections and no tensors of the region. latency: how
+    width and depth were found by latency. separated: of a separable light path, the weights whose convolutions became
+    depthwise and pointwise. init: first weights of a copy, "inherited" or "random".
     """
 
     at: str
@@ -95,6 +99,8 @@ class Plan:
     light: str = "narrow"
     seed: int = 0
     latency: LatencyFit | None = None
+    separated: tuple[str, ...] = ()
+    init: str = "inherited"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,12 +108,12 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of to_json; unknown or missing keys raise StoreError."""
-        data = {"latency": None, **data}  # which files of before do not have
+        data = {"latency": None, "separated": (), "init": "inherited", **data}  # which files of before do not have
         known = {entry.name for entry in fields(cls)}
         if set(data) != known:
             odd = ", ".join(sorted(set(data) ^ known))
             raise StoreError(f"The stored plan does not fit this version of dslify: {odd}.")
-        lists = {name: tuple(data[name]) for name in ("cut_shape", "crossing", "dropped")}
+        lists = {name: tuple(data[name]) for name in ("cut_shape", "crossing", "dropped", "separated")}
         projections = tuple(Projection(**item) for item in data["projections"])
         tensors = tuple(
             NarrowedTensor(item["name"], tuple(item["before"]), tuple(item["after"]), tuple(item["why"]))
@@ -117,13 +123,12 @@ class Plan:
         return cls(**{**data, **lists, "projections": projections, "tensors": tensors, "latency": latency})
 
 
-def narrowed(axes: AxisMap, kept: Kept, projected: frozenset[int]) -> tuple[NarrowedTensor, ...]:
-    """One row per parameter and buffer of the region."""
-    size = sizes(kept)
+def narrowed(axes: AxisMap, projected: frozenset[int], light: nn.Module) -> tuple[NarrowedTensor, ...]:
+    """One row per parameter and buffer of the region, as it is in the light path."""
     rows = []
     for name, terms in axes.parameters.items():
         before = tuple(tensor_at(axes.region, name).shape)
-        after = tuple(size(axis) for axis in terms)
+        after = tuple(tensor_at(light, name).shape)
         why = []
         for axis, old, new in zip(terms, before, after, strict=True):
             reasons = [axes.kept_because(atom, projected) for atom in axis.atoms()] if old == new else []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .cascade import Way, forced, parents
 from .errors import OptionError, VerifyError
-from .losses import comparable, difference, sample_scale
+from .losses import comparable, layer_difference, sample_scale
 from .switch import DSLayer, Paths, Route, route
 
 Judge = Callable[[Any, Any, Sequence[int]], Any]
@@ -63,14 +63,14 @@ class Probe:
         self.parents = parents(layers)
 
     def columns(self, inputs: Tensor, positions: Sequence[int]) -> Columns:
-        """What one batch shows, each (batch,).
+        """What one batch shows, each (batch,); of layers that route segments, (batch * segments,), sample by sample.
 
         score, difference: of every layer, with both paths of all of them run. way: difference of every way from all
         full, where the last layer ends. mixed: the same of the routed run. taken, reached: of every layer in it. And
-        each judgement under its name, for every way and MIXED.
+        each judgement under its name, for every way and MIXED: a sample's, at each of its segments.
         """
-        size = len(inputs)
         both = _whole(self.net, self.layers, inputs, "both")
+        size = len(inputs) * _paths(self.layers[0]).segments
         columns: Columns = {}
         for at, layer in enumerate(self.layers):
             columns["score", at] = _column(_paths(layer).score, size, _LAYER)
@@ -90,11 +90,12 @@ class Probe:
 
     def _apart(self, values: tuple[Any, ...], both: _Ran, at: int, size: int) -> np.ndarray:
         """Relative difference from the full output of layer `at`, (batch,)."""
-        return _column(difference(values, both.left[at], self.scales[at], self.layers[at].outputs), size, _LAYER)
+        return _column(layer_difference(self.layers[at], values, both.left[at], self.scales[at]), size, _LAYER)
 
     def _judged(self, output: Any, inputs: Tensor, positions: Sequence[int], number: int) -> Columns:
         asked = ((name, judge(output, inputs, positions)) for name, judge in self.judges.items())
-        return {(name, number): _column(value, len(inputs), f"The {name}") for name, value in asked}
+        columns = {(name, number): _column(value, len(inputs), f"The {name}") for name, value in asked}
+        return {key: column.repeat(_paths(self.layers[0]).segments) for key, column in columns.items()}
 
     def _routed(self, mixed: _Ran, size: int) -> Columns:
         """Who reached each layer and who went light there; a layer inside a full path sees only those who took it."""

@@ -16,6 +16,8 @@ from .inherit import adjusted
 from .light import build
 from .nest import plain, remember_values
 from .notes import recorded_inputs
+from .request import COPIES
+from .separable import separate
 from .switch import DSLayer
 from .widths import decide
 
@@ -32,7 +34,8 @@ def refit(net: nn.Module, layer: DSLayer, batches: Sequence[tuple[Any, ...]]) ->
     full, light, plan = layer.full, layer.light, layer.plan
     if (
         plan is None
-        or plan.light != "narrow"
+        or plan.light not in COPIES
+        or plan.init != "inherited"
         or not isinstance(full, fx.GraphModule)
         or not isinstance(light, fx.GraphModule)
     ):
@@ -46,7 +49,10 @@ def refit(net: nn.Module, layer: DSLayer, batches: Sequence[tuple[Any, ...]]) ->
     region, _ = shallower(flat, plan.depth)
     axes = analyse(region, plan.distrusted, samples_of(full.graph, layer.inputs[0]))
     kept, projected = decide(axes, plan.width, bool(plan.projections))
-    fresh, found = build(axes, kept, projected).state_dict(), light.state_dict()
+    again = build(axes, kept, projected)
+    if plan.light == "separable":
+        separate(again)
+    fresh, found = again.state_dict(), light.state_dict()
     if fresh.keys() != found.keys() or not all(torch.equal(fresh[name], found[name].cpu()) for name in fresh):
         return False
     adjusted(light, flat, axes, kept, projected, batches, "fit")

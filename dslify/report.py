@@ -58,7 +58,8 @@ def surgery(rows: Iterable[CostRow], plan: Plan | None = None) -> RenderableType
     if plan is None:
         return table
     cut = f"{plan.scope}.{plan.at}" if plan.scope else plan.at
-    light_path = LIGHTS.get(plan.light, f"at width {figure(plan.width)}")
+    kind = "separable, " * (plan.light == "separable") + f"at width {figure(plan.width)}"
+    light_path = LIGHTS.get(plan.light, kind + " with random weights" * (plan.init == "random"))
     lines = [f"cut behind {cut}, value of shape {shape_words(plan.cut_shape)}; light path {light_path}"]
     if why := plan.why:
         lines.append(f"chosen by --at auto: {why}")
@@ -128,7 +129,7 @@ def calibration(result: Calibration) -> RenderableType:
         lines += [
             f"threshold {figure(layer.threshold)} ({unit})",
             f"set by {layer.how}",
-            f"light: {percent(layer.share)} of the samples; {over}",
+            f"light: {percent(layer.share)} of the {'segments' if layer.segments > 1 else 'samples'}; {over}",
         ]
         if layer.promise is not None:
             delta = "" if layer.delta is None else f", delta {figure(layer.delta)}"

@@ -8,7 +8,9 @@ from .answers import ANSWERS
 from .errors import OptionError
 from .switch import SwitchKind
 
-LIGHTS = ("narrow", *ANSWERS)
+COPIES = ("narrow", "separable")  # light paths that are made from the region, and narrower
+LIGHTS = (*COPIES, *ANSWERS)
+INITS = ("inherited", "random")
 MASKS = ("channel", "element", "activation")
 MODES: dict[str, tuple[SwitchKind, str]] = {"dsl": ("difference", "narrow"), "gc": ("positive", "exit")}
 RUNTIMES = ("onnxruntime", "eager")  # that a latency is measured in
@@ -32,9 +34,11 @@ class Request:
     mode: str = "dsl"
     latency: float | None = None
     runtime: str | None = None
+    init: str = INITS[0]
+    route_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", MODES), ("light", (None, *LIGHTS)), ("mask", MASKS)):
+        for name, known in (("mode", MODES), ("light", (None, *LIGHTS)), ("mask", MASKS), ("init", INITS)):
             if getattr(self, name) not in known:
                 words = ", ".join(word for word in known if word)
                 raise OptionError(f"{name} is one of {words}; got {getattr(self, name)!r}.")
@@ -51,9 +55,13 @@ class Request:
                 f"depth is the share of residual branches that the light path keeps, above 0 and at most 1; got "
                 f"{self.depth}."
             )
+        if self.route_every is not None and self.route_every < 1:
+            raise OptionError(
+                f"route_every is a number of entries of the network's input, at least 1; got {self.route_every}."
+            )
         self._check_latency()
-        if self.answer != "narrow":
-            self._check_not_narrow()
+        if self.answer not in COPIES:
+            self._check_no_copy()
         if self.at == "auto" and self.to:
             raise OptionError("at=auto chooses a cut for everything behind it, so it excludes `to`; give one of them.")
         if self.scope:
@@ -75,6 +83,10 @@ class Request:
             )
         if self.runtime not in (None, *RUNTIMES):
             raise OptionError(f"runtime is one of {', '.join(RUNTIMES)}; got {self.runtime!r}.")
+        if self.answer == "separable":
+            raise OptionError(
+                f"latency looks for a narrow copy; got latency {self.latency} and light 'separable': give one of them."
+            )
         asked = {"width": self.width, "cost": self.cost, "depth": None if self.depth == 1 else self.depth}
         for name, given in asked.items():
             if given is not None:
@@ -83,15 +95,16 @@ class Request:
                     "one of them."
                 )
 
-    def _check_not_narrow(self) -> None:
+    def _check_no_copy(self) -> None:
         asked = {
             "width": self.width is not None, "cost": self.cost is not None, "depth": self.depth < 1,
-            "latency": self.latency is not None,
+            "latency": self.latency is not None, "init": self.init != INITS[0],
         }  # fmt: skip
         for name in (name for name, given in asked.items() if given):
+            says = "how a copy begins" if name == "init" else "how narrow a copy is"
             raise OptionError(
-                f"{name} says how narrow a copy is, and light {self.answer!r} is no copy; leave out {name}, or ask for "
-                "light 'narrow'."
+                f"{name} says {says}, and light {self.answer!r} is no copy; leave out {name}, or ask for light "
+                "'narrow'."
             )
         if self.answer == "identity" and self.to is None:
             raise OptionError(

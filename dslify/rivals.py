@@ -25,7 +25,9 @@ class Row:
     whichever layer. spread: for "random", the standard deviation of `difference` over all ways to draw the same shares
     (with layers in a row, as if each way were taken as often as on average).
     macs: mean per sample, MACs; the switch counts where each sample is decided on. metric: mean of the user's.
-    accuracy: part of the samples whose largest logit is that of their label.
+    accuracy: part of the samples whose largest logit is that of their label. Where segments are routed, shares and
+    differences are over these, and metric and accuracy, which are of whole samples, None for the routings that were not
+    run: what they would make of a sample is no mean of what its two paths do.
     """
 
     name: str
@@ -79,7 +81,8 @@ class Rivals:
         light = [any(way) for way in self.ways]
         measured = name == "mixed"
         found: dict[str, Any] = {}
-        for word, outcome in outcomes.judged.items():
+        run = name in ("full", "light", "mixed")
+        for word, outcome in outcomes.judged.items() if run or self.seen[0].segments == 1 else ():
             column = outcomes.judged_mixed[word] if measured else (chances * outcome).sum(1)
             replicates = draw.means(column) if measured else self.replicates(name, outcome)
             found |= {word: float(column.mean()), f"{word}_interval": draw.interval(replicates)}

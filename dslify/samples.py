@@ -222,7 +222,7 @@ class Collector:
             self.memory += raw
         else:
             self.file.write(raw)
-        self.rows.append((as_text(label), as_text(source), name, _level(value)))
+        self.rows.append((as_text(label), as_text(source), name, level(value)))
 
     def finish(self, read: int, notes: Iterable[str] = (), **counts: Any) -> Samples:
         if self.kind is None:
@@ -265,7 +265,8 @@ def raw_bytes(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _level(value: Tensor) -> float:
+def level(value: Tensor) -> float:
+    """Root mean square in dB re 1, at least QUIETEST_DB."""
     power = value.double().square().mean().item() if value.numel() else 0.0
     return max(QUIETEST_DB, 10 * math.log10(power)) if power > 0 else QUIETEST_DB
 

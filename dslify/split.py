@@ -24,11 +24,13 @@ from .onnx_graph import with_thresholds
 from .programs import Programs, example_of
 from .runtime import Runner, manifest, wire
 from .split_manifest import WAYS, described
+from .split_stream import Streamed, streamed
 
 
 @dataclass(frozen=True)
 class Split:
-    """What was written. errors: route -> worst difference from the network over an exact wire, and the score's."""
+    """What was written. errors: route -> worst difference from the network over an exact wire, the score's, and that of
+    a sound that goes on."""
 
     files: tuple[Path, ...]
     errors: dict[str, float]
@@ -44,7 +46,8 @@ def write_split(
     force: bool = False,
     tolerance: float | None = TOLERANCE,
 ) -> Split:
-    """Write front.onnx, light.onnx, full.onnx and manifest.json, into a temporary folder that is then renamed.
+    """Write front.onnx, light.onnx, full.onnx and manifest.json, into a temporary folder that is then renamed; for a
+    network that is routed by segments (dslify.route_every) stream.onnx too, the front part for a sound that goes on.
 
     models: from onnx_graph.models_of(programs). graph: the captured graph that these came from. number: how numbers go
     to the full part (wire.NUMBERS). force: replace a folder that this function wrote. tolerance: of the largest value
@@ -58,15 +61,23 @@ def write_split(
     parts = {name: model if name == "front" else _without_unread(model) for name, model in models.items()}
     batch = _batch(parts["front"])
     cases = _cases(graph, batch)
-    text = described(parts, programs, graph, cases[0], batch, number)
+    listening = streamed(programs, graph, parts["front"])
+    text = described(parts, programs, graph, cases[0], batch, number, getattr(listening, "stream", None))
+    if isinstance(listening, Streamed):
+        parts[manifest.STREAM] = listening.model
     errors, rounded = _errors(parts, programs, text, cases)
+    if isinstance(listening, Streamed):
+        with tempfile.TemporaryDirectory() as temporary:
+            _fill(Path(temporary), parts, text)
+            errors["stream"] = listening.error(programs, graph, Runner(temporary, number="fp32"))
     for way, off in errors.items():
         if tolerance is not None and not off <= tolerance:
             raise refuse(f"The split export {folder}", way, off)
     with _whole_folder(folder) as temporary:
         names = _fill(temporary, parts, text)
     note = f"sent as {number}, the full path's answers differ by {rounded:.1g} of their largest value"
-    return Split(tuple(folder / name for name in names), errors, (note,))
+    notes = (note, listening) if isinstance(listening, str) else (note,)
+    return Split(tuple(folder / name for name in names), errors, notes)
 
 
 def _batch(front: ModelProto) -> int | None:
@@ -147,7 +158,7 @@ def _check_free(folder: Path, force: bool) -> None:
     if folder.exists() and not force:
         raise ExportError(f"{folder} exists; give --force to replace it, or another name.")
     if folder.exists():
-        ours = {manifest.NAME, *(f"{part}.onnx" for part in manifest.PARTS)}
+        ours = {manifest.NAME, *(f"{part}.onnx" for part in (*manifest.PARTS, manifest.STREAM))}
         if not folder.is_dir() or not {each.name for each in folder.iterdir()} <= ours:
             raise ExportError(f"{folder} is no folder of parts alone, so it is not replaced; give another name.")
 

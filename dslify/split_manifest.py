@@ -14,9 +14,10 @@ from torch import Tensor, fx
 from . import __version__
 from .checked import TOLERANCE, Case, case, error
 from .notes import noted, recorded_inputs
-from .programs import Program, Programs, example_of, free_axes
+from .programs import Programs, example_of, free_axes
 from .runtime import manifest, wire
 from .runtime.layout import Layout
+from .runtime.stream import Stream
 
 WAYS: tuple[Literal["full", "light"], ...] = ("full", "light")
 _NOTES = ("example", "pixels", "classes")  # what data for the network looks like
@@ -40,6 +41,7 @@ def described(
     example: Case,
     batch: int | None,
     number: str,
+    stream: Stream | None = None,
 ) -> dict[str, Any]:
     """The manifest but for the files. example: any call. batch: samples in every call, None for any."""
     layer, known = programs.layer, graph.meta.get("dslify", {})
@@ -53,6 +55,8 @@ def described(
         if name in read
     }
     inputs = zip(parts["front"].graph.input, recorded_inputs(graph), strict=True)
+    listening = {} if stream is None else {manifest.STREAM: stream.to_json()}
+    files = (*manifest.PARTS, *listening)
     return {
         "format": manifest.FORMAT,
         "dslify": __version__,
@@ -75,9 +79,10 @@ def described(
         "wire": {"version": wire.VERSION, "numbers": number, "rows": rows},
         "notes": {name: noted(graph, name) for name in _NOTES},
         "files": {
-            part: {"file": f"{part}.onnx", "holds_layers": not isinstance(getattr(programs, part), Program)}
-            for part in manifest.PARTS
+            part: {"file": f"{part}.onnx", "holds_layers": isinstance(getattr(programs, part, None), Programs)}
+            for part in files
         },
+        **listening,
     }
 
 

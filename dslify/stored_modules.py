@@ -13,6 +13,7 @@ from .graph_json import decode, encode
 from .guards import Guards
 from .mask import KINDS, Mask
 from .plan import Plan
+from .segments import Segments
 from .switch import SWITCH_KINDS, DSLayer, Layout, Switch
 
 Kind = TypeVar("Kind", bound=str)
@@ -65,6 +66,7 @@ def _describe_layer(layer: DSLayer, prefix: str, tensors: dict[str, Tensor]) -> 
         "routable": layer.routable,
         "mask": {"kind": layer.mask.kind},
         "switch": {"kind": layer.switch.kind},
+        "segments": layer.segments.to_json() if layer.segments is not None else None,
         "plan": layer.plan.to_json() if layer.plan is not None else None,
         "tensors": _own_names(layer, prefix, tensors, ("light", "full")),
     }
@@ -102,6 +104,8 @@ def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
                     bool(data["routable"]),
                     None if data["plan"] is None else Plan.from_json(data["plan"]),
                 )
+            if data.get("segments") is not None:  # files of before do not say it
+                layer.segments = _segments(data["segments"], layer)
             _put(layer, names, tensors, ("light", "full"))
             return layer
         case "layer":
@@ -112,6 +116,13 @@ def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
                 _put(made, data["tensors"], tensors)
                 return made
     raise StoreError(f"it holds a part of an unknown kind ({str(data.get('type', data['kind']))[:50]}).")
+
+
+def _segments(data: Mapping[str, Any], layer: DSLayer) -> Segments:
+    found = Segments.from_json(data)
+    if (len(found.inputs), len(found.outputs)) != (len(layer.inputs), len(layer.outputs)):
+        raise StoreError("its segments belong to a region with other inputs or outputs.")
+    return found
 
 
 def _kind_of(data: Mapping[str, Any], part: str, kinds: Sequence[Kind]) -> Kind:

@@ -12,52 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import OptionError
+from .layout import Layout
 from .mask import Mask
+from .segments import Segments, routed
 
 Route = Literal["full", "light", "mixed", "both"]
 ROUTES: tuple[Route, ...] = ("full", "light", "mixed", "both")
 SwitchKind = Literal["difference", "positive"]
 SWITCH_KINDS: tuple[SwitchKind, ...] = ("difference", "positive")
 _ALONE = tuple(torch.tensor([light]) for light in (False, True))  # light_taken of a single sample
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a value keeps its samples.
-
-    axis: the batch axis, or None when all samples share the value.
-    per_sample: consecutive entries of that axis that belong to one sample (windows or heads merged into the batch).
-    scales: for integers, the value is a multiple of the batch size.
-    """
-
-    axis: int | None = None
-    per_sample: int = 1
-    scales: bool = False
-
-    def take(self, value: Any, index: Tensor, batch: int) -> Any:
-        """The part of `value` that belongs to the samples in `index`, out of `batch` samples."""
-        if self.scales:
-            return value // batch * len(index)
-        if self.axis is None or not isinstance(value, Tensor):
-            return value
-        return value.index_select(self.axis, self._entries(index))
-
-    def put(self, whole: Tensor, part: Tensor, index: Tensor) -> Tensor:
-        """`whole` with the samples in `index` replaced by `part`, in place."""
-        if self.axis is None:
-            return part
-        return whole.index_copy_(self.axis, self._entries(index), part)
-
-    def rows(self, value: Tensor) -> Tensor:
-        """One row a sample: (batch, everything else). The value must have a batch axis."""
-        first = value.movedim(self.axis or 0, 0)
-        return first.reshape(first.shape[0] // self.per_sample, -1)
-
-    def _entries(self, index: Tensor) -> Tensor:
-        if self.per_sample == 1:
-            return index
-        steps = torch.arange(self.per_sample, device=index.device)
-        return (index[:, None] * self.per_sample + steps).flatten()
 
 
 class Switch(nn.Module):
@@ -117,7 +80,8 @@ class Paths:
 
     masked: the activation after the mask. score: (batch,). light_taken: (batch,) bool, which samples went light.
     full, light: None for a path that did not run on the whole batch. original: the full path on the unmasked
-    activation, only in training while the mask is being trained (the anchor needs it).
+    activation, only in training while the mask is being trained (the anchor needs it). segments: in each sample; score
+    and light_taken have one entry for each of them, (batch * segments,), those of a sample one after the other.
     """
 
     masked: Tensor
@@ -126,6 +90,7 @@ class Paths:
     full: tuple[Any, ...] | None = None
     light: tuple[Any, ...] | None = None
     original: tuple[Any, ...] | None = None
+    segments: int = 1
 
 
 class DSLayer(nn.Module):
@@ -136,7 +101,8 @@ class DSLayer(nn.Module):
 
     inputs, outputs: Layouts of (cut, *crossing) and of the outputs. channel_axis: of the cut.
     plan: what the surgery did (dslify.insert), or None. threshold: buffer, in units of the switch's score; 0 (never
-    light) until calibrated. scale: buffer, one per output, the mean absolute full output; 0 until measured.
+    light) until calibrated. scale: buffer, one per output, the mean absolute full output; 0 until measured. segments:
+    the pieces in which a long sequence is routed (dslify.route_every), None to route whole samples.
     """
 
     mask: Mask
@@ -166,6 +132,7 @@ class DSLayer(nn.Module):
         self.plan = plan
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("scale", torch.zeros(len(self.outputs)))
+        self.segments: Segments | None = None
         self.route: Route | None = None
         self.paths: Paths | None = None
 
@@ -176,11 +143,26 @@ class DSLayer(nn.Module):
         return {**super().__getstate__(), "paths": None}  # tensors of a graph cannot be copied
 
     def pooled(self, value: Tensor) -> Tensor:
-        """The cut's activation as the switch reads it: (batch, entries, channels)."""
+        """The cut's activation as the switch reads it: (batch, entries, channels).
+
+        With segments one row for each, (batch * segments, entries, channels). Raises OptionError where the last one
+        would be shorter than the others; `scores` reads that one too.
+        """
         layout = self.inputs[0]
         first = value.movedim((layout.axis or 0, self.channel_axis), (0, -1))
         batch = first.shape[0] // layout.per_sample
+        if self.segments is not None:
+            batch *= self.segments.whole(value)
         return first.reshape(batch, -1, first.shape[-1])
+
+    def scores(self, masked: Tensor) -> Tensor:
+        """The switch's score of every sample, or of every segment: (batch * segments,)."""
+        if self.segments is None or not (odd := self.segments.remainder(masked)):
+            return self.switch(self.pooled(masked))  # type: ignore[no-any-return]
+        axis = self.segments.axis
+        parts = masked.split([masked.shape[axis] - odd, odd], axis)
+        first, last = (self.switch(self.pooled(part)) for part in parts)
+        return torch.cat([first.view(len(last), -1), last[:, None]], 1).flatten()
 
     def forward(self, cut: Tensor, *crossing: Any) -> Any:
         route = self.route or ("both" if self.training else "mixed")
@@ -188,12 +170,12 @@ class DSLayer(nn.Module):
         inputs = (masked, *crossing)
         if self.training and torch.is_grad_enabled():
             inputs = tuple(map(_contiguous, inputs))
-        score = self.switch(self.pooled(masked))
+        score = self.scores(masked)
         if route == "mixed":
             outputs, paths = self._mixed(inputs, score)
             self.__dict__["paths"] = paths  # nn.Module's own way takes longer than an operator
             return outputs[0] if len(outputs) == 1 else outputs
-        paths = Paths(masked, score)
+        paths = Paths(masked, score, segments=self._segments(masked))
         if route in ("light", "both"):
             paths = replace(paths, light=self.light(*inputs))
         if route in ("full", "both"):
@@ -206,14 +188,17 @@ class DSLayer(nn.Module):
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _mixed(self, inputs: tuple[Any, ...], score: Tensor) -> tuple[tuple[Any, ...], Paths]:
-        """Each sample on its own path; a path that no sample takes does not run."""
+        """Each sample, or each segment, on its own path; a path that none takes does not run."""
         taken, chosen = self._chosen(score)
+        paths = Paths(inputs[0], score, taken, segments=self._segments(inputs[0]))
         if all(chosen):
             light = self.light(*inputs)
-            return light, Paths(inputs[0], score, taken, light=light)
+            return light, replace(paths, light=light)
         if not any(chosen):
             full = self.full(*inputs)
-            return full, Paths(inputs[0], score, taken, full=full)
+            return full, replace(paths, full=full)
+        if self.segments is not None and paths.segments > 1:
+            return routed(self.segments, (self.full, self.light), inputs, chosen, self.inputs, self.outputs), paths
         at_light, at_full = (
             torch.tensor([at for at, goes in enumerate(chosen) if goes is way], device=taken.device)
             for way in (True, False)
@@ -225,7 +210,10 @@ class DSLayer(nn.Module):
             self._merge(layout, mine, theirs, at_light, at_full)
             for layout, mine, theirs in zip(self.outputs, light, full, strict=True)
         ]
-        return tuple(merged), Paths(inputs[0], score, taken)
+        return tuple(merged), paths
+
+    def _segments(self, masked: Tensor) -> int:
+        return 1 if self.segments is None else self.segments.count(masked)
 
     def _chosen(self, score: Tensor) -> tuple[Tensor, list[bool]]:
         """Which samples go light, as a tensor and as a list."""

@@ -21,6 +21,8 @@ from .guarantee import expected_bound, profile, upper_bound
 from .observe import Metric, Observations, collect_all, collect_routed, plain
 from .probe import Judge
 from .samples import Samples
+from .schedule import device_of
+from .segmented import segments_in
 from .switch import required_layers
 from .thresholds import threshold_after
 
@@ -53,6 +55,7 @@ class TradeOff:
 @dataclass(frozen=True, eq=False)
 class Risks:
     """Of every layer: what was seen, and what each sample costs if it goes light there; the samples' sources, (n,).
+    Segments that are routed one by one are samples here.
 
     loss: one (n,) a layer, 0 or more. above: see cascade.parents.
     """
@@ -74,9 +77,16 @@ def measured(net: nn.Module, samples: Samples, metric: Metric | None, batch_size
     """One pass over the data. With a metric (smaller is better) a loss is how much larger it is with this layer light
     and every other full than with all full, at least 0; without one it is the relative difference where the layer ends.
 
-    Raises OptionError without a DSLayer or for a metric of another shape, DataError for what is not a number.
+    Raises OptionError without a DSLayer, for a metric of another shape or where it would judge several decisions at
+    once, DataError for what is not a number.
     """
     above = parents(required_layers(net))
+    if metric is not None and (count := segments_in(net, samples.batch([0]).to(device_of(net)))) > 1:
+        raise OptionError(
+            f"A metric judges whole samples, and this network routes {count} segments of each one by one, so what "
+            "one of them costs cannot be told; bound the difference instead (max_difference), or give samples of one "
+            "segment."
+        )
     if metric is None:
         seen = collect_all(net, samples, batch_size=batch_size, progress=progress)
         loss = tuple(one.difference for one in seen)
@@ -88,7 +98,7 @@ def measured(net: nn.Module, samples: Samples, metric: Metric | None, batch_size
             raise OptionError("The metric gives values that are not finite numbers; one for each sample is expected.")
         alone = {way.index(True): at for at, way in enumerate(ways(above)) if way.count(True) == 1}
         loss = tuple(np.maximum(0.0, judged[:, alone[at]] - judged[:, 0]) for at in range(len(seen)))
-    return Risks(seen, loss, above, np.unique(np.array(samples.sources), return_inverse=True)[1])
+    return Risks(seen, loss, above, np.unique(np.array(seen[0].sources), return_inverse=True)[1])
 
 
 def tradeoff(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from .data import open_data
 from .errors import OptionError
 from .gate import gates
+from .gather import Reader
 from .joint import Joint
 from .omega import omega
 from .output_losses import Kinds
@@ -37,6 +38,7 @@ from .run_folder import RunFolder, stop_requests
 from .runs import History, Options, phases_of
 from .samples import Samples, show_progress, split
 from .schedule import device_of, frozen, frozen_digest, reproducible
+from .segmented import segments_in
 from .switch import DSLayer, required_layers, route
 from .team import Team
 from .training_run import Run
@@ -100,6 +102,9 @@ def finetune(
     joint: a first phase in which base and full path learn too, end to end with a task loss (dslify.Joint); its labels
     are those of train_data. The other phases follow on what it leaves.
 
+    Of a layer that routes segments the light path learns from whole samples and the switch from each segment, so
+    samples have to be whole segments.
+
     Trains where the network is (CPU or GPU). Afterwards it is in eval mode and every requires_grad is as it was.
     Under torchrun the processes divide each step's batch; data, options and result are the same in all of them, and the
     first one alone writes. Each reads all the data.
@@ -125,6 +130,10 @@ def finetune(
     if resume:
         team.lead(lambda: RunFolder.find(where))  # before any data is read
     parts, notes = _divide(net, train_data, switch_data, options, progress)
+    for name, part in parts.items():
+        count = segments_in(net, part.batch([0]).to(team.device), read=Reader(net, layers))
+        if count > 1 and name == "switch":
+            notes += (f"the switch learned from segments: {len(part) * count}, {count} of each sample",)
     wanted = _wanted(layers, parts, positive)
     data, seen = {}, {}
     for name, part in parts.items():
@@ -137,6 +146,8 @@ def finetune(
     config = {**asdict(options), **digests, "network": frozen_digest(net, layers, joint is not None)}
     if patience is not None:
         config["checkpoint_every"] = checkpoint_every  # which decides when a phase is over
+    if any(layer.segments for layer in layers):
+        config["segments"] = [None if layer.segments is None else layer.segments.entries for layer in layers]
     if wanted:
         told = b"".join(part.numpy().tobytes() for part in wanted.values())
         config["positive"] = hashlib.blake2b(told, digest_size=16).hexdigest()

@@ -22,6 +22,7 @@ from .run_folder import RunFolder
 from .runs import Options
 from .samples import Samples
 from .schedule import device_of, load_trained_state, positions, rate_share, trained_state
+from .segmented import segment_positions
 from .stepper import Diverged, Stepper
 from .switch import DSLayer
 from .team import Team
@@ -165,11 +166,11 @@ class Run:
             parameter.requires_grad_(False)
 
     def switch_phase(self, samples: Samples) -> None:
-        options = self.options
-        end = options.end
-        if "switch" in self.stop.kept or self.step >= end:
+        options, span = self.options, (self.options.light_end, self.options.end)
+        if "switch" in self.stop.kept or self.step >= options.end:
             return
         features, actual = judge(self.net, self.layers, self.batches, samples)
+        count = len(actual[0]) // len(samples)  # segments that are routed one by one, of each sample
         self.unseen = torch.stack([column.mean() for column in actual]).mean().item()
         if self.step <= options.light_end:
             self.step = options.light_end
@@ -184,14 +185,14 @@ class Run:
             told = ([features[at] for at in plain], [actual[at] for at in plain])
             parts.append((("switch",), SwitchObjective([self.layers[at].switch for at in plain], *told)))
         if gated:
-            known = ([features[at] for at in gated], self.positive["switch"])
+            known = ([features[at] for at in gated], self.positive["switch"].repeat_interleave(count))
             parts.append((("gate",), GateObjective([self.layers[at].switch for at in gated], *known)))
         parameters = [parameter for layer in self.layers for parameter in layer.switch.parameters()]
         for parameter in parameters:
             parameter.requires_grad_(True)
         batch = max(SWITCH_BATCH, options.batch_size * options.accumulate)
-        shares = self.stop.divide(samples, options.seed)
-        self._train("switch", Objectives(parts), [{"params": parameters}], shares, batch, (options.light_end, end))
+        chosen, held = (segment_positions(part, count) for part in self.stop.divide(samples, options.seed))
+        self._train("switch", Objectives(parts), [{"params": parameters}], (chosen, held), batch, span)
 
     def batches(self, samples: Samples, text: str) -> Iterator[tuple[int, Tensor]]:
         """(position of the first, batch) over all samples in order, with a bar."""

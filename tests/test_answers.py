@@ -23,7 +23,7 @@ from tests.zoo import ZOO, Network
 NETWORKS = {**ZOO, "keywords": Network(Spotter, (1, 1, 2000), "front")}
 # network, light, at, to: an identity needs two places of the same shape
 CASES = [
-    ("codec", "exit", "encoder.block2", None),
+    ("codec", "exit", "encoder.block1", None),
     ("codec", "identity", "encoder.block3.1", "encoder.block3.2"),
     ("resnet18", "exit", "layer2", None),
     ("vit", "head", "blocks.1", None),

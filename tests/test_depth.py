@@ -50,7 +50,7 @@ PATHS = {
     "shuffle": [],
     "resnet18": ["layer3.1", "layer4.1"],
     "vit": [f"blocks.{n}.{part}" for n in (2, 3) for part in ("attn", "mlp")],
-    "codec": ["block3.2.layers", "block3.3.layers", "block4.2.layers"],
+    "codec": ["block2.2.layers", "block2.3.layers", "block3.2.layers"],
     "wav2vec2": [f"encoder.transformer.layers.{n}.{part}" for n in (1, 2) for part in ("attention", "feed_forward")],
 }
 
@@ -71,7 +71,7 @@ def _last_block(model):
 
 
 def _last_unit(model):
-    model.encoder.block3[3] = nn.Identity()
+    model.encoder.block2[3] = nn.Identity()
 
 
 def _last_stage(model):

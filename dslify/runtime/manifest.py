@@ -11,10 +11,12 @@ from typing import Any
 
 from ..errors import ExportError
 from .layout import Layout
+from .stream import Stream
 
 FORMAT = 1
 NAME = "manifest.json"
 PARTS = ("front", "light", "full")
+STREAM = "stream"  # the fourth file of a network that routes a long input segment by segment, and its entry
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Manifest:
     a score below it go light. passed: names of the values after masked. batch: samples in every call, None for any.
     routable: whether the samples of a batch can be told apart. each: parts that decide again inside, so that every
     sample runs on its own. sent: name -> row axes of what full reads. number: how it is sent (wire.NUMBERS).
-    notes: what data for the network looks like (example, pixels, classes).
+    notes: what data for the network looks like (example, pixels, classes). stream: how it takes a sound that goes on,
+    None for a network that is not routed segment by segment.
     """
 
     cut: str
@@ -54,6 +57,7 @@ class Manifest:
     sent: Mapping[str, tuple[int, ...]]
     number: str
     notes: Mapping[str, Any]
+    stream: Stream | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -75,6 +79,7 @@ class Manifest:
             {name: tuple(axes) for name, axes in data["wire"]["rows"].items()},
             str(data["wire"]["numbers"]),
             data["notes"],
+            Stream.from_json(data[STREAM]) if STREAM in data else None,
         )
 
 
@@ -91,7 +96,8 @@ def read(folder: Path) -> tuple[Manifest, dict[str, Path]]:
         found = data["format"]
         if found == FORMAT:
             manifest = Manifest.from_json(data)
-            files = {part: (folder / Path(data["files"][part]["file"]).name, data["files"][part]) for part in PARTS}
+            parts = (*PARTS, STREAM) if manifest.stream else PARTS
+            files = {part: (folder / Path(data["files"][part]["file"]).name, data["files"][part]) for part in parts}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ExportError(
             f"{path} is damaged, or none of dslify's ({type(error).__name__}: {error}); export the network again."

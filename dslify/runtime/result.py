@@ -51,8 +51,8 @@ class Statistics:
         """Of the calls; 0 without any."""
         return self.light / self.calls if self.calls else 0.0
 
-    def after(self, result: Result) -> Statistics:
-        """With one call more."""
+    def after(self, result: Result, always: int | None = None) -> Statistics:
+        """With one call more. always: what it adds to bytes_always, where that is not the result's bytes_dense."""
         light = result.route == "light"
         return replace(
             self,
@@ -62,7 +62,7 @@ class Statistics:
             bytes_sent=self.bytes_sent + result.bytes_sent,
             bytes_dense=self.bytes_dense + (0 if light else result.bytes_dense),
             bytes_int8=self.bytes_int8 + (0 if light else result.bytes_int8),
-            bytes_always=self.bytes_always + result.bytes_dense,
+            bytes_always=self.bytes_always + (result.bytes_dense if always is None else always),
             awake=not light,
         )
 

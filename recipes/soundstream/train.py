@@ -1,6 +1,7 @@
 """Train the codec: `python -m recipes.soundstream.train --data FOLDER`.
 
-The loss is spectral, with a little waveform and the quantizer's commitment. Every step draws its batch and its random
+The loss is spectral, with a little waveform and the quantizer's commitment; `--adversarial` adds a critic, for a run
+that starts from a checkpoint whose spectral loss has converged. Every step draws its batch and its random
 numbers from (seed, step) alone, so a run that was interrupted goes on to the same numbers as an unbroken one. With
 `--seconds-budget` the clock sets the length instead of `--steps`, and two runs are no longer equal.
 """
@@ -10,13 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dslify.errors import DslifyError, OptionError, TrainError
-from recipes.soundstream.model import CUT, SoundStream, SoundStreamConfig, encoder_costs
+from recipes.soundstream.adversarial import Critic, codec_losses, critic_loss
+from recipes.soundstream.checkpoints import read_checkpoint, write_checkpoint, write_tensors
+from recipes.soundstream.model import SoundStream
 from recipes.soundstream.sound import Recording, Sound, find_recordings, fixed_clips, libritts, training_batch
 from recipes.soundstream.spectral import LogMelDistance, ReconstructionLoss
 
-TERM_WEIGHTS = {"mel": 1.0, "linear": 1.0, "wave": 0.1, "commitment": 1.0}
+TERM_WEIGHTS = {"mel": 1.0, "linear": 1.0, "wave": 0.1, "commitment": 1.0, "adversarial": 0.1, "feature": 1.0}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Settings:
 
     steps: optimizer steps. seconds_budget: training time that ends the run, instead of steps. length: samples in a
     crop. save_every: steps between two validations, each followed by writing the checkpoint and the state.
+    adversarial: with a critic, which learns alone in the warm-up.
     """
 
     steps: int = 20_000
@@ -52,6 +53,7 @@ class Settings:
     rate: float = 1e-3
     warmup: int = 200
     save_every: int = 500
+    adversarial: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "length", "save_every"):
@@ -60,15 +62,23 @@ class Settings:
 
 
 class Trainer:
-    """A codec with its optimizer and its place in the run. before: the record of the run that it started from."""
+    """A codec with its optimizer and its place in the run. before: the record of the run that it started from.
 
-    def __init__(self, model: SoundStream, settings: Settings, before: dict[str, Any] | None = None) -> None:
-        self.model = model.train()
+    On the CPU all is fp32; on a GPU encoder and decoder run in bf16. (bf16 convolutions on CPUs with AMX are wrong in
+    torch 2.12.1.)
+    """
+
+    def __init__(
+        self, model: SoundStream, settings: Settings, before: dict[str, Any] | None = None, device: str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).train()
         self.settings = settings
         self.before = before
-        self.loss = ReconstructionLoss()
-        self.parameters = dict(model.named_parameters())
-        self.optimizer = torch.optim.AdamW(model.parameters(), settings.rate, betas=(0.8, 0.99), weight_decay=1e-4)
+        self.loss = ReconstructionLoss().to(self.device)
+        self.critic = Critic().to(self.device) if settings.adversarial else None
+        self.parts: dict[str, nn.Module] = {"model": self.model} | ({"critic": self.critic} if self.critic else {})
+        self.optimizers = {name: _optimizer(part, settings.rate) for name, part in self.parts.items()}
         self.step = 0
         self.seconds = 0.0
 
@@ -91,28 +101,53 @@ class Trainer:
         # The quantizer draws from torch's generator: first centroids, and replacements of codes that nothing uses.
         torch.manual_seed(settings.seed * 1_000_003 + self.step)
         generator = np.random.default_rng([settings.seed, self.step])
-        x = training_batch(sound, settings.batch, settings.length, generator)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
-        y, commitment = self.model.reconstruct(x)
+        x = training_batch(sound, settings.batch, settings.length, generator).to(self.device)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
+            y, commitment = self.model.reconstruct(x)
+        y = y.float()
         terms = {**self.loss(x, y), "commitment": commitment}
+        judged: dict[str, Tensor] = {}
+        if self.critic is not None:
+            real = self.critic(x)
+            judged = {"critic": critic_loss(real, self.critic(y.detach()))}
+            self._learn("critic", judged["critic"])
+            if self.step >= settings.warmup:
+                terms |= codec_losses(real, self.critic(y))
         total = torch.stack([TERM_WEIGHTS[name] * term for name, term in terms.items()]).sum()
-        if not torch.isfinite(total):
-            raise TrainError(f"the loss of step {self.step} is {total.item()}: try again with a smaller --rate")
-        self.optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self._learn("model", total)
         self.step += 1
         self.seconds += time.perf_counter() - began
-        return {"total": total.item(), **{name: term.item() for name, term in terms.items()}}
+        return {name: term.item() for name, term in {"total": total, **terms, **judged}.items()}
+
+    def _learn(self, part: str, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise TrainError(f"the loss of step {self.step} is {loss.item()}: try again with a smaller --rate")
+        self.optimizers[part].zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parts[part].parameters(), 1.0)
+        self.optimizers[part].step()
+
+    def record(self) -> dict[str, Any]:
+        """How the codec came to be what it is."""
+        return {
+            "steps": self.step,
+            "hours": round(self.seconds / 3600, 2),
+            **{k: v for k, v in asdict(self.settings).items() if k not in ("steps", "save_every")},
+            "term_weights": TERM_WEIGHTS,
+            "started_from": self.before,
+        }
 
     def save(self, path: Path) -> None:
         """Everything that the rest of the run depends on, as one safetensors file."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for name, parameter in self.parameters.items():
-            for field, value in self.optimizer.state[parameter].items():
-                tensors[f"adam.{name}.{field}"] = value
+        tensors: dict[str, Tensor] = {}
+        for part, module in self.parts.items():
+            tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+            for name, parameter in module.named_parameters():
+                for field, value in self.optimizers[part].state[parameter].items():
+                    tensors[f"adam.{part}.{name}.{field}"] = value
         place: dict[str, Any] = {"settings": asdict(self.settings), "config": self.model.config.to_json()}
         place |= {"step": self.step, "seconds": self.seconds, "before": self.before}
         write_tensors(tensors, path, {"place": json.dumps(place)})
@@ -130,74 +165,36 @@ class Trainer:
             raise TrainError(f"{path} holds no interrupted run: start one without --resume ({error})") from error
         mine = {"config": self.model.config.to_json(), **asdict(self.settings)}
         theirs = {"config": place["config"], **place["settings"]}
-        for name in ("seed", "batch", "length", "rate", "warmup", "config"):
+        for name in ("seed", "batch", "length", "rate", "warmup", "adversarial", "config"):
             if json.dumps(mine[name]) != json.dumps(theirs[name]):
                 raise TrainError(f"{path} belongs to a run with {name} {theirs[name]}, not {mine[name]}")
-        self.model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-        for name, parameter in self.parameters.items():
-            prefix = f"adam.{name}."
-            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            self.optimizer.state[parameter].update(state)
+        for part, module in self.parts.items():
+            module.load_state_dict(_below(f"{part}.", tensors))
+            for name, parameter in module.named_parameters():
+                self.optimizers[part].state[parameter].update(_below(f"adam.{part}.{name}.", tensors))
         self.step, self.seconds, self.before = place["step"], place["seconds"], place["before"]
+
+
+def _optimizer(part: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(part.parameters(), rate, betas=(0.8, 0.99), weight_decay=1e-4)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()
 def validate(model: SoundStream, clips: Tensor, labels: Sequence[str]) -> dict[str, float]:
     """Mean log-mel distance in dB over all clips and for each label."""
     model.eval()
-    distances = torch.cat([LogMelDistance()(x, model(x)) for x in clips.split(16)])
+    device = next(model.parameters()).device
+    distance = LogMelDistance().to(device)
+    distances = torch.cat([distance(x, model(x)).cpu() for x in clips.to(device).split(16)])
     model.train()
     groups = defaultdict(list)
     for label, distance in zip(labels, distances.tolist(), strict=True):
         groups[label or "unlabelled"].append(distance)
     return {"all": distances.mean().item(), **{label: sum(d) / len(d) for label, d in sorted(groups.items())}}
-
-
-def read_checkpoint(path: Path) -> tuple[SoundStream, dict[str, Any]]:
-    """The codec of a checkpoint, and the record of its training; TrainError where it cannot be read."""
-    try:
-        note = json.loads(path.with_suffix(".json").read_text())
-        model = SoundStream(SoundStreamConfig.from_json(note["config"]))
-        model.load_state_dict(load_file(path))
-        return model, note["trained"]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise TrainError(f"{path} with its .json is no checkpoint to start from: {error}") from error
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, written beside its place and then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
-
-
-def write_checkpoint(trainer: Trainer, path: Path, figures: dict[str, Any], data: Sequence[str]) -> None:
-    """The weights, and beside them a JSON file that says where they come from."""
-    config = trainer.model.config
-    note = {
-        "config": config.to_json(),
-        "trained": {
-            "data": list(data),
-            "steps": trainer.step,
-            "hours": round(trainer.seconds / 3600, 2),
-            **{k: v for k, v in asdict(trainer.settings).items() if k not in ("steps", "save_every")},
-            "term_weights": TERM_WEIGHTS,
-            "started_from": trainer.before,
-        },
-        **figures,
-        "kbit_per_second": config.quantizers * math.log2(config.codebook_size) * 50 / 1000,
-        "cut": CUT,
-        "encoder": {name: asdict(cost) for name, cost in encoder_costs(config).items()},
-        "parameters": {
-            "decoder": sum(p.numel() for p in trainer.model.decoder.parameters()),
-            "codebooks": config.quantizers * config.codebook_size * config.embedding,
-        },
-        "versions": {name: version(name) for name in ("torch", "vector-quantize-pytorch", "safetensors")},
-    }
-    write_tensors(trainer.model.state_dict(), path)
-    temporary = path.with_name(f".{path.name}.json.{os.getpid()}")
-    temporary.write_text(json.dumps(note, indent=1) + "\n")
-    os.replace(temporary, path.with_suffix(".json"))
 
 
 def train(
@@ -208,6 +205,7 @@ def train(
     start: Path | None = None,
     resume: bool = False,
     data: Sequence[str] = (),
+    device: str = "cpu",
 ) -> Trainer:
     """Run to the end of the settings; `recordings` has "train" and "valid". Writes `out`, its .json and its .state.
 
@@ -215,7 +213,7 @@ def train(
     """
     torch.manual_seed(settings.seed)
     model, before = read_checkpoint(start) if start else (SoundStream(), None)
-    trainer = Trainer(model, settings, before)
+    trainer = Trainer(model, settings, before, device)
     state = out.with_suffix(".state")
     if resume:
         trainer.restore(state)
@@ -238,7 +236,8 @@ def train(
             if trainer.step % settings.save_every == 0 or trainer.progress >= 1.0:
                 loss = {name: round(value / since, 4) for name, value in sums.items()}
                 distance = {name: round(value, 3) for name, value in validate(trainer.model, clips, labels).items()}
-                write_checkpoint(trainer, out, {"loss": loss, "valid_log_mel_db": distance}, data)
+                figures = {"loss": loss, "valid_log_mel_db": distance}
+                write_checkpoint(trainer.model, out, trainer.record(), figures, data)
                 trainer.save(state)
                 line = f"step {trainer.step}  {trainer.seconds:.0f} s  loss {loss}  valid dB {distance}"
                 bar.console.print(line, soft_wrap=True, highlight=False)
@@ -261,6 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/soundstream/checkpoint.safetensors"))
     parser.add_argument("--resume", action="store_true", help="go on from the state beside --out")
     parser.add_argument("--start", type=Path, help="a checkpoint whose weights to begin with")
+    parser.add_argument("--adversarial", action="store_true", help="with a critic; for --start, at a lower --rate")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for mixed precision")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--seconds-budget", type=float, help="stop after this much training time, not after --steps")
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings(
             given.steps, given.seconds_budget, given.seed, given.batch, given.length, given.rate,
-            save_every=given.save_every,
+            save_every=given.save_every, adversarial=given.adversarial,
         )  # fmt: skip
         torch.set_num_threads(given.threads)
         if given.libritts:
@@ -284,7 +285,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "train": find_recordings(given.data, "train"),
                 "valid": find_recordings(given.valid or given.data, "valid"),
             }
-        train(settings, recordings, given.out, start=given.start, resume=given.resume, data=given.data_note)
+        train(
+            settings,
+            recordings,
+            given.out,
+            start=given.start,
+            resume=given.resume,
+            data=given.data_note,
+            device=given.device,
+        )
     except DslifyError as error:
         print(error, file=sys.stderr)
         return 2
