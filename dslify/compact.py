@@ -100,8 +100,8 @@ def smaller_mask(mask: Mask, kept: Kept) -> Mask:
 
 def smaller_switch(switch: Switch, kept: Kept) -> Switch:
     """The switch of the kept channels alone: those of zeros have constant features, which go into the bias."""
-    columns = [at + half * kept.size for half in (0, 1) for at in kept.keep]
-    gone = sorted(set(range(2 * kept.size)) - set(columns))
+    columns = [at + moment * kept.size for moment in range(switch.MOMENTS) for at in kept.keep]
+    gone = sorted(set(range(switch.MOMENTS * kept.size)) - set(columns))
     smaller = cast(Switch, copied(switch))
     hidden = smaller.hidden
     with torch.no_grad():

@@ -40,7 +40,7 @@ def only_gates(layer: DSLayer) -> bool:
 class GateObjective(nn.Module):
     """Positions of samples -> L_gate summed over the gates, (1,), from features that no longer change.
 
-    features: of each switch, (n, 2 channels). positive: Omega(y), bool, (n,). Raises TrainError when all or none are
+    features: of each switch, (n, 3 channels). positive: Omega(y), bool, (n,). Raises TrainError when all or none are
     positive.
     """
 

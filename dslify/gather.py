@@ -192,7 +192,7 @@ def gather(
 def judge(
     net: nn.Module, layers: Sequence[DSLayer], batches: Batches, samples: Samples
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For every layer the switch's features, (n, 2 channels), and the actual differences, (n,); of a layer that routes
+    """For every layer the switch's features, (n, 3 channels), and the actual differences, (n,); of a layer that routes
     segments, n counts these, sample by sample."""
     features: list[list[Tensor]] = [[] for _ in layers]
     actual: list[list[Tensor]] = [[] for _ in layers]

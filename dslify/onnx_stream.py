@@ -83,12 +83,14 @@ def _add_switch(graph: GraphProto, layer: DSLayer, value: str, score: str, rank:
     offset, spread = (each.double().numpy() for each in (switch.offset, switch.spread))
     weight = first / spread
     bias = bias - weight @ offset
-    weight[:, weight.shape[1] // 2 :] /= 2  # of log(sqrt(x))
+    channels = weight.shape[1] // switch.MOMENTS
+    weight[:, channels : 2 * channels] /= 2  # of log(sqrt(x))
     last = switch.out.weight.detach().numpy()
     constants = {
         "axes": np.array(free),
         "one": np.array([1]),
-        "floor": np.float32(switch.FLOOR**2),
+        "floor": np.float32(switch.FLOOR),
+        "square_floor": np.float32(switch.FLOOR**2),
         "hidden": weight.astype(np.float32),
         "hidden_bias": bias.astype(np.float32),
         "out": last,
@@ -102,10 +104,14 @@ def _add_switch(graph: GraphProto, layer: DSLayer, value: str, score: str, rank:
         ("Sub", (value, "mean"), "apart", {}),
         ("Mul", ("apart", "apart"), "squares", {}),
         ("ReduceMean", ("squares", "axes"), "variance", {"keepdims": 0}),
-        ("Add", ("variance", "floor"), "above", {}),
+        ("Add", ("variance", "square_floor"), "above", {}),
         ("Log", ("above",), "deviation", {}),
         ("Squeeze", ("mean", "axes"), "level", {}),
-        ("Concat", ("level", "deviation"), "features", {"axis": 1}),
+        ("Abs", (value,), "magnitudes", {}),
+        ("ReduceMean", ("magnitudes", "axes"), "loudness", {"keepdims": 0}),
+        ("Add", ("loudness", "floor"), "audible", {}),
+        ("Log", ("audible",), "magnitude", {}),
+        ("Concat", ("level", "deviation", "magnitude"), "features", {"axis": 1}),
         ("Gemm", ("features", "hidden", "hidden_bias"), "first", {"transB": 1}),
         ("Sigmoid", ("first",), "gate", {}),
         ("Mul", ("first", "gate"), "inner", {}),

@@ -25,7 +25,7 @@ from .functional import copied
 from .stored_modules import describe, rebuild
 from .switch import dsl_layers
 
-FORMAT = 1
+FORMAT = 2
 _TEXT, _WEIGHTS = "dslify.json", "weights.safetensors"
 _AROUND = "around"  # in the meta of a scope's graph that was loaded alone: the state of the model around it
 _MOST_TEXT = 2**28  # bytes of JSON; the largest network tried has 5 MB

@@ -83,11 +83,11 @@ def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
             return nn.Sequential(*(rebuild(part, tensors) for part in data["parts"]))
         case "dsl":
             names = data["tensors"]
-            hidden, double = tensors[names["switch.hidden.weight"]].shape
+            hidden, width = tensors[names["switch.hidden.weight"]].shape
             mask_shape = tensors[names["mask.weight"]].shape
-            if mask_shape[data["channel_axis"]] != double // 2:
+            if mask_shape[data["channel_axis"]] != width // Switch.MOMENTS:
                 raise StoreError(
-                    f"the mask of shape {tuple(mask_shape)} does not fit the switch of {double // 2} channels."
+                    f"the mask of shape {tuple(mask_shape)} does not fit the switch of {width // Switch.MOMENTS} channels."
                 )
             mask_kind = _kind_of(data, "mask", KINDS)
             switch_kind = _kind_of(data, "switch", SWITCH_KINDS)
@@ -95,7 +95,7 @@ def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
             with torch.device("meta"):  # the stored tensors come in their place; no random numbers are drawn
                 layer = DSLayer(
                     Mask(mask_shape, mask_kind),
-                    Switch(double // 2, hidden, switch_kind),
+                    Switch(width // Switch.MOMENTS, hidden, switch_kind),
                     light,
                     full,
                     [Layout(*place) for place in data["inputs"]],

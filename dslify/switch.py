@@ -24,17 +24,20 @@ _ALONE = tuple(torch.tensor([light]) for light in (False, True))  # light_taken 
 
 
 class Switch(nn.Module):
-    """Scores every sample from mean and deviation over the free axes; a sample goes light iff score < threshold.
+    """Scores every sample from moments over the free axes (mean, deviation, mean magnitude of each channel); a sample
+    goes light iff score < threshold.
 
     A small MLP. kind "difference": predicts how far the light answer would be from the full one; softplus, so the score
     is non-negative, in the units of the relative difference (DSL, arXiv 2404.04405). kind "positive": a gate, which
     needs labels; sigmoid, the probability that the sample is positive and not to be stopped (GC, arXiv 2303.08970).
-    Deviations enter as logarithms, because the difference spans orders of magnitude between silence and speech.
+    Deviations and magnitudes enter as logarithms, because the difference spans orders of magnitude between silence and
+    speech. The magnitude is what a difference, itself a mean of magnitudes, goes with most closely.
 
     channels: size of the channel axis of the cut. hidden: width of the MLP. Raises OptionError for another kind.
     """
 
-    FLOOR = 1e-5  # of a deviation, before its logarithm
+    MOMENTS = 3  # of each channel
+    FLOOR = 1e-5  # of a deviation or magnitude, before its logarithm
     offset: Tensor
     spread: Tensor
 
@@ -43,23 +46,24 @@ class Switch(nn.Module):
         if kind not in SWITCH_KINDS:
             raise OptionError(f"The kind of a switch is one of {', '.join(SWITCH_KINDS)}; got {kind!r}.")
         self.kind = kind
-        self.hidden = nn.Linear(2 * channels, hidden)
+        self.hidden = nn.Linear(self.MOMENTS * channels, hidden)
         self.out = nn.Linear(hidden, 1)
-        self.register_buffer("offset", torch.zeros(2 * channels))
-        self.register_buffer("spread", torch.ones(2 * channels))
+        self.register_buffer("offset", torch.zeros(self.MOMENTS * channels))
+        self.register_buffer("spread", torch.ones(self.MOMENTS * channels))
 
     def extra_repr(self) -> str:
         return self.kind
 
     def features(self, value: Tensor) -> Tensor:
-        """(batch, entries, channels) -> (batch, 2 channels), not standardised."""
+        """(batch, entries, channels) -> (batch, 3 channels), not standardised."""
         mean = value.mean(1, keepdim=True)
         variance = (value - mean).square_().mean(1)  # on the CPU torch 2.12's own takes up to ten times as long
         deviation = (variance + self.FLOOR**2).sqrt()
-        return torch.cat([mean.squeeze(1), deviation.log()], dim=1)
+        magnitude = value.abs().mean(1) + self.FLOOR
+        return torch.cat([mean.squeeze(1), deviation.log(), magnitude.log()], dim=1)
 
     def standardise(self, features: Tensor) -> None:
-        """Fix offset and spread of the features from a sample of them, (n, 2 channels)."""
+        """Fix offset and spread of the features from a sample of them, (n, 3 channels)."""
         self.offset.copy_(features.mean(0))
         self.spread.copy_(features.std(0, correction=0).clamp_min(1e-3))
 
@@ -68,7 +72,7 @@ class Switch(nn.Module):
         return self.score(self.features(value))
 
     def score(self, features: Tensor) -> Tensor:
-        """The predicted difference, or the probability, from the features: (batch, 2 channels) -> (batch,)"""
+        """The predicted difference, or the probability, from the features: (batch, 3 channels) -> (batch,)"""
         normal = (features - self.offset) / self.spread
         found = self.out(functional.silu(self.hidden(normal))).squeeze(1)
         return functional.softplus(found) if self.kind == "difference" else found.sigmoid()

@@ -81,7 +81,7 @@ def test_the_same_answers_for_fewer_macs(name, tmp_path):
 
     channels = layer.mask.weight.numel()
     assert (report.before, report.after) == (channels, channels // 2)
-    assert twin.mask.weight.numel() == twin.switch.hidden.in_features // 2 == channels // 2
+    assert twin.mask.weight.numel() == twin.switch.hidden.in_features // Switch.MOMENTS == channels // 2
     assert (twin.mask.effective() != 0).all()
     after = rows(small)
     for part, (was, now) in report.macs.items():
@@ -266,7 +266,7 @@ def test_the_switch_of_the_kept_channels_scores_alike():
     x[:, :, [1, 2, 5, 6, 7]] = 0
     small = smaller_switch(switch, kept)
     assert torch.allclose(small(x[:, :, [0, 3, 4]]), switch(x), rtol=1e-5)
-    assert switch.hidden.in_features == 16, "the given one is untouched"
+    assert switch.hidden.in_features == 8 * Switch.MOMENTS, "the given one is untouched"
     assert not torch.allclose(small.hidden.bias, switch.hidden.bias)
 
 

@@ -97,7 +97,7 @@ def known() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def trained_gate(seen: Tensor, positive: Tensor) -> Switch:
     torch.manual_seed(0)
-    gate = Switch(seen.shape[1] // 2, kind="positive")
+    gate = Switch(seen.shape[1] // Switch.MOMENTS, kind="positive")
     gate.standardise(seen)
     fit(GateObjective([gate], [seen], positive), len(seen))
     return gate

@@ -107,11 +107,13 @@ def test_deviations_are_right_for_quiet_and_for_offset_values(scale, middle):
     x = middle * scale + scale * torch.randn(4, 500, 6, generator=torch.Generator().manual_seed(0))
     exact = (x.double().var(1, correction=0) + Switch.FLOOR**2).sqrt().log()
     found = Switch(6).features(x)
-    assert torch.allclose(found[:, 6:].double(), exact, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(found[:, 6:12].double(), exact, rtol=1e-5, atol=1e-6)
+    magnitude = (x.double().abs().mean(1) + Switch.FLOOR).log()
+    assert torch.allclose(found[:, 12:].double(), magnitude, rtol=1e-5, atol=1e-6)
     assert torch.allclose(found[:, :6].double(), x.double().mean(1), rtol=1e-6, atol=1e-6 * scale)
 
 
-def test_gradients_of_the_features_are_those_of_mean_and_deviation():
+def test_gradients_of_the_features_are_those_of_the_moments():
     x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(Switch(3).double().features, (x,))
 

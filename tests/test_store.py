@@ -321,7 +321,7 @@ def layer_in(data: dict[str, Any]) -> dict[str, Any]:
 
 RUN = "__import__('os').mkdir('was_run')"
 CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = {
-    "newer format": (lambda d, w: d.update(format=FORMAT + 1, dslify="9.9"), r"format 2.*dslify 9\.9.*newer dslify"),
+    "newer format": (lambda d, w: d.update(format=FORMAT + 1, dslify="9.9"), r"format 3.*dslify 9\.9.*newer dslify"),
     "no format": (lambda d, w: d.pop("format"), "format None"),
     "missing weight": (lambda d, w: w.pop(next(iter(w))), "damaged"),
     "mask of another shape": (lambda d, w: w.update({"dsl.mask.weight": torch.ones(3, 3)}), "mask .* does not fit"),
@@ -439,7 +439,7 @@ def test_other_files_get_a_sentence(odd, tmp_path):
     with pytest.raises(StoreError, match="damaged"):
         dslify.load(path)
     deep = b'{"kind":"sequence","parts":[' * 400 + b"]}" * 400
-    pack(path, b'{"format":1,"tensors":{},"net":' + deep + b"}", weights)
+    pack(path, b'{"format":%d,"tensors":{},"net":' % FORMAT + deep + b"}", weights)
     with pytest.raises(StoreError, match=r"no dslified network|damaged"):
         dslify.load(path)
     pack(path, b"[1]", weights)

@@ -78,7 +78,10 @@ class Trainer:
         self.loss = ReconstructionLoss().to(self.device)
         self.critic = Critic().to(self.device) if settings.adversarial else None
         self.parts: dict[str, nn.Module] = {"model": self.model} | ({"critic": self.critic} if self.critic else {})
-        self.optimizers = {name: _optimizer(part, settings.rate) for name, part in self.parts.items()}
+        self.optimizers = {
+            name: torch.optim.AdamW(part.parameters(), settings.rate, betas=(0.8, 0.99), weight_decay=1e-4)
+            for name, part in self.parts.items()
+        }
         self.step = 0
         self.seconds = 0.0
 
@@ -135,7 +138,7 @@ class Trainer:
         return {
             "steps": self.step,
             "hours": round(self.seconds / 3600, 2),
-            **{k: v for k, v in asdict(self.settings).items() if k not in ("steps", "save_every")},
+            **{name: value for name, value in asdict(self.settings).items() if name not in ("steps", "save_every")},
             "term_weights": TERM_WEIGHTS,
             "started_from": self.before,
         }
@@ -173,10 +176,6 @@ class Trainer:
             for name, parameter in module.named_parameters():
                 self.optimizers[part].state[parameter].update(_below(f"adam.{part}.{name}.", tensors))
         self.step, self.seconds, self.before = place["step"], place["seconds"], place["before"]
-
-
-def _optimizer(part: nn.Module, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(part.parameters(), rate, betas=(0.8, 0.99), weight_decay=1e-4)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
