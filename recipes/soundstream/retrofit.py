@@ -1,7 +1,7 @@
 """The stage `retrofit`: a Dynamic Switch Layer in the codec's encoder, by the public commands alone, and its variants.
 
     dslify insert      at the cut, a light path of each variant, routed in segments of 0.32 s
-    dslify finetune    the light path on three quarters of train, the switch on the last
+    dslify finetune    the light path on half of train, the switch on the other half
     dslify calibrate   on valid, for a share of its speech, and apart from that for a share of its silence
     dslify evaluate    how far light is from full, and what the switch knows: on valid, and on test
 
@@ -49,7 +49,7 @@ CLIP = 5 * SEGMENT / RATE  # seconds of a sample; a whole number of segments
 STEPS, LIGHT_RATE = 800, 0.02  # of the light path; the rate was chosen on valid, for inherited and random weights alike
 SWITCH_STEPS, SWITCH_RATE, SWITCH_BATCH = 3000, 0.005, 128
 SWITCH_EVERY = (
-    4  # recordings of train, one of which is kept for the switch: half of valid is too little to rank well by
+    2  # recordings of train, one of which is kept for the switch, which needs more of them than the light path
 )
 JOINT_STEPS, JOINT_RATE = 200, 1e-4
 LOSS = "recipes.soundstream.retrofit:task_loss"

@@ -28,7 +28,7 @@ class Variant:
 
 
 _NARROW = ("--width", "0.16", "--no-projection")
-_SHALLOW = ("--width", "0.06", "--depth", "0.01", "--no-projection")
+_SHALLOW = ("--width", "0.12", "--depth", "0.01", "--no-projection")
 _SEPARABLE = ("--light", "separable", "--width", "0.26", "--no-projection")
 _RANDOM = ("--init", "random")
 VARIANTS = {
