@@ -86,8 +86,9 @@ def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
             hidden, width = tensors[names["switch.hidden.weight"]].shape
             mask_shape = tensors[names["mask.weight"]].shape
             if mask_shape[data["channel_axis"]] != width // Switch.MOMENTS:
+                channels = width // Switch.MOMENTS
                 raise StoreError(
-                    f"the mask of shape {tuple(mask_shape)} does not fit the switch of {width // Switch.MOMENTS} channels."
+                    f"the mask of shape {tuple(mask_shape)} does not fit the switch of {channels} channels."
                 )
             mask_kind = _kind_of(data, "mask", KINDS)
             switch_kind = _kind_of(data, "switch", SWITCH_KINDS)

@@ -15,9 +15,19 @@ import torch
 import dslify
 from dslify.errors import DataError
 from recipes.soundstream import CUT, SoundStream, downstream, tasks
-from recipes.soundstream.downstream import at_random, compared, embedded, fit, learned, routed, spliced, tried
+from recipes.soundstream.downstream import (
+    at_random,
+    calibrated,
+    compared,
+    embedded,
+    fit,
+    learned,
+    routed,
+    spliced,
+    tried,
+)  # fmt: skip
 from recipes.soundstream.tasks import Clips, keywords, moved, speakers
-from recipes.soundstream.work import MAIN, SEGMENT, Work
+from recipes.soundstream.work import SEGMENT, SPEECH_SHARE, Work
 
 RATE = 16_000
 FLOAT32 = 1e-5
@@ -214,7 +224,8 @@ def test_the_stage_writes_both_tasks(sound, words, switched, tmp_path, monkeypat
     torch.manual_seed(0)
     monkeypatch.setattr(Work, "codec", SoundStream().eval())
     monkeypatch.setattr(Work, "net", lambda *_: switched)
-    work.write(f"thresholds/{MAIN}-0.json", {"speech": 1e9, "silence": 0.0})
+    (layer,) = dslify.dsl_layers(switched)
+    monkeypatch.setattr(downstream, "calibrated", lambda *_: layer.threshold.fill_(1e9))
     found = downstream.run(work)
     assert json.loads((tmp_path / "downstream.json").read_text()) == json.loads(json.dumps(found))
     assert set(found["tasks"]) == {"keywords", "speakers"}
@@ -224,6 +235,14 @@ def test_the_stage_writes_both_tasks(sound, words, switched, tmp_path, monkeypat
         assert task["accuracy"]["mixed"] == task["accuracy"]["light"] == task["accuracy"]["random"]
     alone = downstream.run(Work(sound, tmp_path, None, seeds=(0,)))
     assert set(alone["tasks"]) == {"speakers"}
+
+
+def test_the_threshold_is_set_for_the_share_of_the_tasks_own_segments(switched):
+    torch.manual_seed(0)
+    sounds = 0.1 * torch.rand(16, 1, 1) * torch.randn(16, 1, RATE)  # three segments and a rest each
+    calibrated(switched, sounds)
+    _, taken = routed(switched, sounds[..., : 3 * SEGMENT])
+    assert taken.float().mean().item() == pytest.approx(SPEECH_SHARE, abs=1 / taken.numel())
 
 
 def test_probes_learn_from_the_codec_as_it_was(switched, words):

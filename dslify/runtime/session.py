@@ -38,14 +38,17 @@ class Session:
             raise ExportError(f"{what} cannot be run by ONNX Runtime ({one_line(error)}); export it again.") from None
         self.inputs = tuple(each.name for each in self._session.get_inputs())
         self.outputs = tuple(each.name for each in self._session.get_outputs())
-        self._wanted = list(self.outputs)  # the runtime looks them up in Python where they are not given
+        self._wanted = list(self.outputs)
+        # What the public method calls after it has checked names in Python, a third of the time of a small model; they
+        # are right here.
+        self._run = getattr(self._session, "_sess", self._session).run
         self.seconds = 0.0
 
     def __call__(self, values: dict[str, np.ndarray]) -> list[np.ndarray]:
         """The outputs in order. Values that the model does not take are left out."""
         given = {name: values[name] for name in self.inputs}
         begin = perf_counter()
-        found: list[np.ndarray] = self._session.run(self._wanted, given)
+        found: list[np.ndarray] = self._run(self._wanted, given, None)
         self.seconds += perf_counter() - begin
         return found
 
