@@ -73,7 +73,7 @@ def timm_model(name: str) -> Callable[[], nn.Module]:
 SOUND, PICTURE = (1, 1, 16000), (1, 3, 224, 224)
 SHALLOW: dict[str, Any] = {"width": 0.1, "depth": 0.01}  # every residual branch that can go is left out
 ROWS = (
-    Row("codec encoder", soundstream, SOUND, "encoder.block1.1", {**SHALLOW, "scope": "encoder"}, codec=True),
+    Row("codec encoder", soundstream, SOUND, "encoder.block1", {**SHALLOW, "scope": "encoder"}, codec=True),
     Row("codec encoder", soundstream, SOUND, "encoder.stem", {**SHALLOW, "scope": "encoder"}, codec=True),
     Row("keyword network", keywords, SOUND, "stem", {"width": 0.1}),
     Row("resnet18", timm_model("resnet18"), PICTURE, "layer1", SHALLOW),

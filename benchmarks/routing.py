@@ -56,7 +56,7 @@ def vit_tiny() -> nn.Module:
 
 CASES = {
     "codec": Case(zoo.codec, (1, 16000), zoo.codec_cut(), depth=0.01, scope="encoder"),
-    "codec-early": Case(zoo.codec, (1, 16000), "encoder.block1.1", depth=0.01, scope="encoder"),
+    "codec-early": Case(zoo.codec, (1, 16000), "encoder.stem", depth=0.01, scope="encoder"),
     "resnet18": Case(zoo.resnet18, (3, 224, 224), "layer2"),
     "vit_tiny": Case(vit_tiny, (3, 224, 224), "blocks.3"),
     "wav2vec2": Case(zoo.wav2vec2, (16000,), "encoder.transformer.layers.0"),
