@@ -75,7 +75,7 @@ class Exported:
 @cache
 def exported(name: str) -> Exported:
     """ "sound", "turned", or "nested", a layer inside a layer."""
-    net, x = (cascade("classifier"), sounds(12)) if name == "nested" else _inserted(name)
+    net, x = (cascade("classifier"), sounds(24)) if name == "nested" else _inserted(name)
     _, graph = host_graph(net)
     programs = programs_of(graph, ANY)
     models = models_of(programs)

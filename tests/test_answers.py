@@ -271,7 +271,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         CutError,
         "one tensor that leaves the region, and 2 values do; name with `to`",
     ),
-    "light": ({"light": "none"}, OptionError, "light is one of narrow, exit, head, identity; got 'none'"),
+    "light": ({"light": "none"}, OptionError, "light is one of narrow, separable, exit, head, identity; got 'none'"),
     "mode": ({"mode": "gate"}, OptionError, "mode is one of dsl, gc; got 'gate'"),
     "mask": ({"mask": "weight"}, OptionError, "mask is one of channel, element, activation; got 'weight'"),
 }

@@ -124,7 +124,7 @@ def test_classes_are_named(folder, tmp_path):
         (("data.npy",), "There is no model to run at data.npy"),
         (("none.dsl",), "there is no such file"),
         (("net.onnx", "--wire", "fp16"), "is one file, and nothing is sent inside it; leave --wire out"),
-        (("parts", "--wire", "fp8"), "one of fp32, fp16, int8; got 'fp8'"),
+        (("parts", "--wire", "fp8"), "one of fp32, fp16, int8, or none; got 'fp8'"),
         (("net.dsl", "--wire", "fp8"), "one of fp32, fp16, int8; got 'fp8'"),
         (("parts", "--threshold", "high"), "threshold must be a number; got 'high'"),
         (("parts", "--threads", "0"), "threads must be a whole number of at least 1; got 0"),

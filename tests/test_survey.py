@@ -23,7 +23,7 @@ from tests.zoo import ZOO
 CHOICES = {
     "autoencoder": "encoder.block3",  # a third of the MACs, the narrowest value but for the code
     "resnet18": "layer1",  # the end of a stage, not of a block inside it
-    "codec": "encoder.block2",  # where the recipe cuts
+    "codec": "encoder.block1",  # where the recipe cuts
     "wav2vec2": "encoder.transformer.layers.0",
 }
 

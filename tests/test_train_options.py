@@ -123,7 +123,7 @@ def test_a_precision_that_a_network_cannot_bear_is_refused(tmp_path):
 
 def test_a_phase_ends_when_nothing_gets_better_and_keeps_the_best(tmp_path):
     net = Net()
-    settings = {**QUICK, "steps": 400, "switch_steps": 40, "lr": 0.3}  # so high that the first steps do harm
+    settings = {**QUICK, "steps": 400, "switch_steps": 40, "lr": 1.0}  # so high that the first steps do harm
     history = finetune(net, sounds(), **settings, patience=2, checkpoint_every=5, run_dir=tmp_path / "run")
     light = history.phases[0]
     assert light.steps < 400
@@ -178,7 +178,7 @@ def test_a_better_state_starts_the_count_again():
     assert stop.kept == {"light": 2}
 
 
-IMPATIENT = {"beta": 0.02, "accumulate": 2, "patience": 2, "lr": 0.3}
+IMPATIENT = {"beta": 0.02, "accumulate": 2, "patience": 2, "lr": 1.0}
 
 
 @pytest.fixture(scope="module")
