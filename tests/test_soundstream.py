@@ -332,7 +332,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     write_tensors({"a": torch.ones(2)}, path)
     monkeypatch.setattr(
-        "recipes.soundstream.checkpoints.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "dslify.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         write_tensors({"a": torch.zeros(2)}, path)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dslify.errors import TrainError
+from dslify.files import written_whole
 from recipes.soundstream.model import CUT, SoundStream, SoundStreamConfig, encoder_costs
 
 
@@ -31,10 +32,9 @@ def read_checkpoint(path: Path) -> tuple[SoundStream, dict[str, Any]]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, written beside its place and then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+    """A safetensors file, whole or not at all."""
+    with written_whole(path, mark=f".{os.getpid()}") as temporary:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
 
 
 def write_checkpoint(
@@ -56,6 +56,5 @@ def write_checkpoint(
         "versions": {name: version(name) for name in ("torch", "vector-quantize-pytorch", "safetensors")},
     }
     write_tensors(model.state_dict(), path)
-    temporary = path.with_name(f".{path.name}.json.{os.getpid()}")
-    temporary.write_text(json.dumps(note, indent=1) + "\n")
-    os.replace(temporary, path.with_suffix(".json"))
+    with written_whole(path.with_suffix(".json"), mark=f".{os.getpid()}") as temporary:
+        temporary.write_text(json.dumps(note, indent=1) + "\n")

@@ -14,6 +14,7 @@ from torch import nn
 
 import dslify
 from dslify.errors import DataError
+from dslify.files import written_whole
 from recipes.soundstream.model import SoundStream, pretrained
 
 SEGMENT = 5120  # samples that are routed together: 0.32 s, 16 frames of the embedding
@@ -61,7 +62,6 @@ class Work:
         """JSON below the folder, whole or not at all."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
+        with written_whole(path, mark=f".{os.getpid()}") as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
         return path
