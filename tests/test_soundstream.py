@@ -331,9 +331,7 @@ def test_what_cannot_be_trained_is_one_sentence(sound_folder, tmp_path, capsys, 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     write_tensors({"a": torch.ones(2)}, path)
-    monkeypatch.setattr(
-        "dslify.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr("dslify.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_tensors({"a": torch.zeros(2)}, path)
     assert torch.equal(load_file(path)["a"], torch.ones(2))
