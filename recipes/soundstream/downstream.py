@@ -18,14 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
 import dslify
 from dslify.errors import DataError
 from dslify.resampling import Resample
 from dslify.samples import show_progress
-from dslify.tables import percent, plain_table, with_interval
 from recipes.soundstream.routes import FRAMES
 from recipes.soundstream.tasks import Clips, Task, keywords, moved, speakers
 from recipes.soundstream.verdict import Line
@@ -236,19 +234,6 @@ def lines(tasks: Mapping[str, Any]) -> list[Line]:
         )
         for name, task in tasks.items()
     ]
-
-
-def summary(found: Mapping[str, Any]) -> list[Table]:
-    """The result for a terminal: accuracy on every path, and points over full on the same clips."""
-    table = plain_table("task", "path", "accuracy", "points over full")
-    table.title = f"Downstream: {len(found['seeds'])} retrofits, 95 % intervals over speakers and recordings"
-    for name, task in found["tasks"].items():
-        for way, one in task["accuracy"].items():
-            gap = task["difference"].get(way)
-            points = "" if gap is None else with_interval(gap["value"], gap["interval"], points_of)
-            accuracy = with_interval(one["value"], one["interval"], lambda value: percent(value, 1))
-            table.add_row(WORDS[name] if way == "full" else "", way, accuracy, points)
-    return [table]
 
 
 def points_of(difference: float | None) -> str:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 
 import dslify
@@ -35,7 +34,7 @@ from dslify.runtime.listening import Paths, segments
 from dslify.runtime.stream import Stream
 from dslify.samples import show_progress
 from dslify.split_stream import base_of
-from dslify.tables import percent, plain_table
+from dslify.tables import percent
 from recipes.soundstream.sound import Sound, find_recordings
 from recipes.soundstream.verdict import Line
 from recipes.soundstream.work import SEGMENT, SILENCE_SHARE, SPEECH_SHARE, Work
@@ -262,21 +261,3 @@ def lines(found: Mapping[str, Any]) -> list[Line]:
             Line(f"measured against computed, {name}", {"value": abs(inside[name]["off"])}, "<=", CLOSE),
         ]
     return verdict
-
-
-def summary(found: Mapping[str, Any]) -> list[Table]:
-    """For a terminal."""
-    table = plain_table("stream", "light", "us a second of sound", "saved", "computed", "off")
-    for runtime, streams in found["runtimes"].items():
-        for name, row in streams.items():
-            table.add_row(
-                f"{runtime}: {name}", percent(row["share_light"]), f"{row['us']:.0f}", percent(row["saved"], 1),
-                percent(row["computed_saved"], 1), f"{row['off']:+.1%}",
-            )  # fmt: skip
-    for way, took in found["one_call_us"].items():
-        table.add_row(f"{way}: always full in one call", "0 %", f"{took:.0f}", "", "", "")
-    side = plain_table("segment", "full, us", "light, us", *(f"saved, {share:.0%} light" for share in SAVED))
-    for size, row in found["sizes"].items():
-        mixed = [percent(one["saved"], 1) for name, one in row.items() if name.startswith("mixed")]
-        side.add_row(size, f"{row['full']['us']:.0f}", f"{row['light']['us']:.0f}", *mixed)
-    return [table, side]
