@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as some
 from torch import nn
 from torch.nn import functional
@@ -285,6 +285,8 @@ convolution = some.tuples(some.integers(1, 4), some.integers(0, 4), some.integer
 
 @settings(max_examples=60, deadline=None)
 @given(convolution, convolution, some.integers(1, 3), some.lists(some.integers(1, 90), min_size=1, max_size=6))
+@example((1, 0, 0, 0), (4, 1, 0, 1), 1, [1, 63])  # the last segment, short, looks back further than full was sent
+@example((1, 0, 0, 0), (2, 1, 0, 0), 1, [61])
 def test_windows_are_exact_for_any_strides_and_paddings(base, region, blocks, lengths):
     def layer(stride, more, left, right):
         """A convolution as (call, step, before, after)."""

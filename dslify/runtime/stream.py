@@ -100,8 +100,9 @@ class Held:
         self._pieces: list[np.ndarray] = []
 
     def put(self, begin: int, value: np.ndarray) -> None:
-        """Entries from `begin` on. Those that were there already are replaced; behind a gap, all is begun anew."""
-        if begin > self.end or not self._pieces:
+        """Entries from `begin` on. Those that were there already are replaced; behind a gap, and from before what is
+        held, all is begun anew."""
+        if begin > self.end or begin <= self.begin or not self._pieces:
             self._pieces, self.begin = [value], begin
         elif begin < self.end:
             self._pieces = [piece(self._whole(), self.axis, 0, begin - self.begin), value]
