@@ -15,9 +15,10 @@ import dslify
 from dslify.cli import app
 from dslify.data import open_data
 from dslify.errors import DslifyError, OptionError, TrainError
-from dslify.joint import Joint, training_network
+from dslify.joint import Joint
 from dslify.runs import History
 from dslify.samples import Samples
+from dslify.training_network import training_network
 
 SAME = 1e-5  # relative: training graph against the model's own forward in training mode
 
@@ -207,6 +208,28 @@ def test_finetune_learns_the_task_end_to_end_and_light_and_switch_after_it(route
     with torch.no_grad(), dslify.route(net, "full"):
         right = (net(test.batch(range(90))).argmax(1) == test.class_indices()).float().mean()
     assert right > 0.7  # of three classes; running statistics and weights are the network's own
+
+
+def test_what_comes_before_a_gate_learns_for_it_and_what_comes_after_does_not() -> None:
+    model = images()
+    net = dslify.insert(model, "1", light="exit", mode="gc", example_inputs=(batch(1),))
+    given = {name: value.clone() for name, value in net.state_dict().items()}
+    history = dslify.finetune(
+        net, classes(64), switch_data=classes(64), steps=0, switch_steps=10, batch_size=8, positive="c0",
+        joint=Joint(model, lambda output, *_: 0 * output.sum(), steps=40, lr=1e-2), progress=False,
+    )  # fmt: skip
+    assert [phase.name for phase in history.phases] == ["joint", "switch"]
+    assert {"task", "gate", "mask"} <= set(history.phases[0].losses)
+    assert history.phases[0].last("gate") < 0.7 * history.phases[0].first("gate")
+    turned = {
+        name: 1 - nn.functional.cosine_similarity(value.flatten(), given[name].flatten(), 0).item()
+        for name, value in net.state_dict().items()
+        if value.dim() == 4
+    }  # weight decay makes weights shorter, and only a gradient turns them
+    before = [turn for name, turn in turned.items() if name.startswith(("0.", "1."))]
+    after = [turn for name, turn in turned.items() if not name.startswith(("0.", "1."))]
+    assert min(before) > 100 * SAME, turned
+    assert max(after) < SAME, turned
 
 
 def test_a_run_that_is_stopped_in_the_joint_phase_goes_on_as_if_it_had_not_been(
