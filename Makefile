@@ -10,7 +10,7 @@ ZOO ?=
 SURGERY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint zoo evaluate bench-codec bench-inherit bench-gc bench-surgery bench-memory bench-train bench-latency bench-routing clean
+.PHONY: help setup demo test lint zoo evaluate evaluate-keywords bench-codec bench-inherit bench-gc bench-surgery bench-memory bench-train bench-latency bench-routing clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: lint  ## lint, then the test suite on two processes
 
 evaluate: $(STAMP)  ## retrofit the codec and judge it, up to an hour: make evaluate DATA=folder KEYWORDS=folder
 	OMP_NUM_THREADS=1 $(BIN)/python -m recipes.soundstream.evaluate --data $(DATA) --keywords $(KEYWORDS)
+
+evaluate-keywords: $(STAMP)  ## gates in the keyword network, beside their rivals (about half an hour): make evaluate-keywords DATA=folder
+	OMP_NUM_THREADS=1 $(BIN)/python -m recipes.keyword_spotting.evaluate --data $(if $(filter command line,$(origin DATA)),$(DATA),$(KEYWORDS))
 
 bench-codec: $(STAMP)  ## the codec on a folder of real sound: make bench-codec DATA=folder
 	$(BIN)/python benchmarks/codec.py --data $(DATA)

@@ -23,7 +23,7 @@ from torch import nn
 
 import dslify
 from benchmarks.gate_table import BYTES, Judge, Result, logits, look, percent, row, table
-from benchmarks.keywords import Training, noise, sounds, trained, variations
+from benchmarks.keywords import Training, noise, sounds, trained
 from dslify.calibrate import threshold_after
 from dslify.errors import DslifyError, OptionError
 from dslify.files import written_whole
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
     positive = omega(options.positive, data["train"].labels)
     training = Training(steps=options.training_steps, seed=options.seed)
     network = trained(data["train"], positive, training, options.cache)
-    learn = variations(data["train"], options.copies, noise(data["train"], positive), options.seed)
+    learn = dslify.vary(data["train"], options.copies, noises=noise(data["train"], positive), seed=options.seed)
     tune = data["valid"]
     judge = Judge(data["test"], positive, options.seed)
     original = logits(network, judge.samples).argmax(1)

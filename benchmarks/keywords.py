@@ -18,13 +18,10 @@ from dslify.errors import OptionError
 from dslify.omega import Omega
 from dslify.samples import Samples
 from dslify.schedule import positions, rate_share
+from dslify.vary import vary
 from recipes.keyword_spotting.network import LENGTH, RATE, KeywordNetwork
 
 PARTS = ("train", "valid", "test")
-SHIFT = 1600  # samples either way: 0.1 s
-QUIETER, LOUDER = -12.0, 3.0  # dB
-NOISY = 0.5  # share of the clips that get noise
-NEAR, FAR = 0.0, 25.0  # dB, of the clip above the noise
 
 
 @dataclass(frozen=True)
@@ -54,40 +51,10 @@ def classes(samples: Samples, omega: Omega) -> Tensor:
     return torch.tensor([place.get(label, 0) for label in samples.labels])
 
 
-def varied(sound: Tensor, noises: Tensor, generator: torch.Generator) -> Tensor:
-    """A copy of the clips (batch, 1, samples), each moved in time, at another level and perhaps with a noise in it."""
-    count, _, length = sound.shape
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(count, 1, 1, generator=generator) * (high - low) + low
-
-    starts = torch.randint(0, 2 * SHIFT + 1, (count,), generator=generator).tolist()
-    padded = F.pad(sound, (SHIFT, SHIFT))
-    moved = torch.stack([clip[:, start : start + length] for clip, start in zip(padded, starts, strict=True)])
-    chosen = torch.randint(0, len(noises), (count,), generator=generator)
-    noise = noises[chosen].roll(int(torch.randint(0, length, (1,), generator=generator)), dims=2)
-    wanted = _level(moved) * 10 ** (-uniform(NEAR, FAR) / 20)
-    heard = torch.rand(count, 1, 1, generator=generator) < NOISY
-    mixed = moved + heard * noise * wanted / _level(noise).clamp_min(1e-5)
-    return (mixed * 10 ** (uniform(QUIETER, LOUDER) / 20)).clamp(-1.0, 1.0)
-
-
-def variations(samples: Samples, copies: int, noises: Tensor, seed: int) -> Samples:
-    """The samples and `copies` varied copies of each, with the labels and sources of the originals."""
-    generator = torch.Generator().manual_seed(seed)
-    everything = range(len(samples))
-    parts = [samples.batch(everything)]
-    parts += [varied(parts[0], noises, generator) for _ in range(copies)]
-    times = 1 + copies
-    return open_data(
-        torch.cat(parts), samples.shape, labels=samples.labels * times, sources=samples.sources * times, progress=False
-    )
-
-
-def noise(samples: Samples, omega: Omega, label: str = "background") -> Tensor:
-    """Sounds to mix in: those of the label, else every negative; (n, 1, samples)."""
+def noise(samples: Samples, omega: Omega, label: str = "background") -> Samples:
+    """Sounds to mix in: those of the label, else every negative."""
     found = [at for at, name in enumerate(samples.labels) if name == label]
-    return samples.batch(found or [at for at, one in enumerate(omega.positive(samples.labels)) if not one])
+    return samples.subset(found or [at for at, one in enumerate(omega.positive(samples.labels)) if not one])
 
 
 def trained(samples: Samples, omega: Omega, training: Training, cache: Path | None) -> KeywordNetwork:
@@ -107,24 +74,21 @@ def trained(samples: Samples, omega: Omega, training: Training, cache: Path | No
     return network.eval()
 
 
-def _train(network: KeywordNetwork, samples: Samples, target: Tensor, noises: Tensor, training: Training) -> None:
+def _train(network: KeywordNetwork, samples: Samples, target: Tensor, noises: Samples, training: Training) -> None:
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), training.rate, weight_decay=training.decay)
-    generator = torch.Generator().manual_seed(training.seed)
     size = min(training.batch, len(samples))
+    copies = math.ceil(training.steps * size / len(samples))
+    learn = vary(samples, copies, noises=noises, seed=training.seed)
+    target = target.repeat(1 + copies)
     for step in range(training.steps):
         for group in optimizer.param_groups:
             group["lr"] = training.rate * rate_share(step, training.steps)
-        chosen = positions(len(samples), size, step, training.seed, "keywords")
-        logits = network(varied(samples.batch(chosen), noises, generator))
+        chosen = positions(len(learn), size, step, training.seed, "keywords")
+        logits = network(learn.batch(chosen))
         loss = F.cross_entropy(logits, target[chosen], label_smoothing=training.smoothing)
         if not math.isfinite(loss.item()):
             raise OptionError(f"The keyword network's loss is {loss.item()} at step {step + 1}; lower the rate.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-def _level(sound: Tensor) -> Tensor:
-    """Root mean square of each clip: (batch, 1, 1)."""
-    return sound.square().mean(2, keepdim=True).sqrt()

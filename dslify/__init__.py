@@ -28,6 +28,7 @@ _ROOMS = {
     "losses": ["dsl_loss"],
     "joint": ["Joint", "training_network"],
     "data": ["open_data"],
+    "vary": ["vary"],
     "train": ["finetune"],
     "tradeoff": ["tradeoff"],
     "calibrate": ["calibrate"],
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     from .insert import insert as insert
     from .insert import remove as remove
     from .joint import Joint as Joint
-    from .joint import training_network as training_network
     from .latency import measure as measure
     from .load import load_model as load_model
     from .losses import dsl_loss as dsl_loss
@@ -77,6 +77,8 @@ if TYPE_CHECKING:
     from .switch import route as route
     from .tradeoff import tradeoff as tradeoff
     from .train import finetune as finetune
+    from .training_network import training_network as training_network
+    from .vary import vary as vary
 
 
 class _Index(ModuleType):

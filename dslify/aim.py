@@ -17,6 +17,26 @@ Guarantee = Literal["mean", "routed"]
 GUARANTEES: tuple[Guarantee, ...] = ("mean", "routed")
 
 
+def only_target(
+    light_share: float | None = None,
+    max_difference: float | None = None,
+    max_metric: float | None = None,
+    max_lost: float | None = None,
+) -> str:
+    """The name of the one that is given. Raises OptionError for none or several."""
+    targets = {
+        "light_share": light_share,
+        "max_difference": max_difference,
+        "max_metric": max_metric,
+        "max_lost": max_lost,
+    }
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) != 1:
+        got = f"both {' and '.join(given)}" if given else "neither"
+        raise OptionError(f"Calibration takes exactly one of {', '.join(targets)}; got {got}.")
+    return given[0]
+
+
 @dataclass(frozen=True)
 class Aim:
     """One layer's. light_share: of the samples; or else epsilon: the bound on the mean loss. judged: the loss is a
@@ -43,11 +63,7 @@ class Aim:
         metric: bool,
     ) -> Aim:
         """From the arguments of calibrate(). Raises OptionError for what does not go together or is out of range."""
-        targets = {"light_share": light_share, "max_difference": max_difference, "max_metric": max_metric}
-        given = [name for name, value in targets.items() if value is not None]
-        if len(given) != 1:
-            got = f"both {' and '.join(given)}" if given else "neither"
-            raise OptionError(f"Calibration takes exactly one of {', '.join(targets)}; got {got}.")
+        only_target(light_share=light_share, max_difference=max_difference, max_metric=max_metric)
         if light_share is not None and not 0 <= light_share <= 1:
             raise OptionError(f"light_share is the part of the samples that goes light, 0 to 1; got {light_share:g}.")
         if max_difference is not None and not 0 < max_difference < math.inf:

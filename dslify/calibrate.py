@@ -2,7 +2,7 @@
 
 A sample goes light if and only if its score is under the threshold (DSL, arXiv 2404.04405, section 2.2), so a higher
 threshold sends more samples down the light path. A wanted share and a bounded mean are point estimates from the samples
-given; a guarantee holds for new data (see guarantee.py).
+given; a guarantee holds for new data (see guarantee.py). Gates can be set by what they lose instead (see lost.py).
 """
 
 from __future__ import annotations
@@ -10,70 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import fx, nn
 
-from .aim import Aim, Guarantee
+from .aim import Aim, Guarantee, only_target
+from .budget import Budget, Unit
+from .calibration import Calibration as Calibration
 from .data import open_data
-from .errors import DataError
-from .observe import Metric, plain
+from .errors import DataError, OptionError
+from .gate_thresholds import LostPoint, by_lost
+from .gate_thresholds import curve as lost_curve
+from .kinds import strange_kinds
+from .observe import Metric
 from .runs import History
 from .samples import Samples, raw_bytes
 from .schedule import device_of
 from .segmented import counted, segments_in
 from .switch import DSLayer, required_layers
 from .thresholds import risk_by_count, threshold_after
-from .tradeoff import BOUND, CONFIDENCE, Risks, curve_path, measured, tabulated, write_curve
+from .tradeoff import BOUND, CONFIDENCE, Risks, TradeOff, curve_path, measured, tabulated, write_curve
 
 FEWEST = 20  # samples: with fewer, one sample moves the share by more than 5 points
 
 Training = History | str | Path
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A threshold and how it came about; of a cascade, the outermost layer's, and every layer's in `layers`.
-
-    threshold: as stored in the layer. kind: what scores are: "difference", predicted relative differences, or
-    "positive", probabilities of a positive. how: a sentence.
-    n, sources: samples used, and the recordings they were cut from; where segments are routed, n counts these, and
-    `segments` how many each sample has. share: part of them that goes light, 0 to 1.
-    mean_difference: over these samples, those on the full path counting 0.
-    light_share, max_difference, max_metric: what was asked for, or None. overlap: samples that training has seen too,
-    None where nobody said what it was trained on. notes: what to beware of.
-    guarantee, epsilon, delta, units, bound: what is promised to hold for new data (delta: only for "routed"), from how
-    many exchangeable units, with losses cut off at the bound; promise: the same as a sentence. All None without one.
-    risk: what epsilon bounds, as measured on these units.
-    """
-
-    threshold: float
-    how: str
-    n: int
-    sources: int
-    share: float
-    mean_difference: float
-    light_share: float | None = None
-    max_difference: float | None = None
-    overlap: int | None = None
-    notes: tuple[str, ...] = ()
-    max_metric: float | None = None
-    guarantee: Guarantee | None = None
-    epsilon: float | None = None
-    delta: float | None = None
-    units: int | None = None
-    bound: float | None = None
-    promise: str | None = None
-    risk: float | None = None
-    kind: str = "difference"
-    layers: tuple[Calibration, ...] = ()
-    segments: int = 1
-
-    def to_json(self) -> dict[str, Any]:
-        return plain(asdict(self))
 
 
 def calibrate(
@@ -87,6 +50,10 @@ def calibrate(
     bound: float | None = None,
     metric: Metric | None = None,
     max_metric: float | None = None,
+    positive: Any = None,
+    max_lost: float | None = None,
+    units: Unit | None = None,
+    gate_weights: Sequence[float] | None = None,
     curve: str | Path | None = None,
     training: Training | Sequence[Training] | None = None,
     batch_size: int = 32,
@@ -106,6 +73,13 @@ def calibrate(
     "routed": with this confidence (0.95) the mean over the samples that go light is (learn-then-test). confidence alone
     means "routed". Both count a loss above `bound` (1) as the bound, and every source once, however many samples were
     cut from it: sources are what has to be like the sources to come.
+    max_lost: for gates: the highest thresholds at which at most this share of the positives is lost, by all gates
+    together. positive: the labels that these are, as finetune takes them. Lost is a positive that a gate stops if that
+    changes the network's decision (the largest of its logits; without logits, every one that is stopped). With a
+    confidence the bound holds for new data (risk-controlling prediction sets), else for this data alone. units: what is
+    like the positives to come: "sample" (its varied copies count as parts of it; the default) or "source".
+    gate_weights: outermost first; with equal ones all gates get one threshold, and a gate of twice the weight stops at
+    twice the odds of a positive.
     Of several layers the outermost comes first, and each is set on the samples that reach it: a share holds for these,
     and a bound and 1 - confidence are split evenly over the layers. With a guarantee each layer gets its own part of
     the sources, because thresholds before it, chosen from the same samples, would decide which of them it sees.
@@ -117,18 +91,67 @@ def calibrate(
     recordings stay what is exchangeable with those to come.
     Between two neighbouring scores every threshold routes alike; the middle is taken, so that rounding tips no sample.
     What was found is also kept in the network, and by dslify.save; `recorded` reads it.
-    Raises OptionError for a value out of range or a network without a DSLayer, DataError for fewer than 20 samples at
-    a layer, for fewer sources than the guarantee needs, for samples that are no whole segments, for scores and
-    differences that are not numbers, or for a folder that is no run. The thresholds are then as they were.
+    Raises OptionError for a value out of range or a network without a DSLayer, or with other layers than gates for
+    max_lost; DataError for fewer than 20 samples at a layer, for fewer sources or positives than a guarantee needs, for
+    samples that are no whole segments, for scores and differences that are not numbers, or for a folder that is no run.
+    The thresholds are then as they were.
     """
-    asked = Aim.of(light_share, max_difference, max_metric, guarantee, confidence, bound, metric is not None)
+    asked: Aim | Budget
+    rows: Sequence[LostPoint | TradeOff]
+    if only_target(light_share, max_difference, max_metric, max_lost) == "max_lost":
+        _left_out("max_lost counts lost positives", guarantee=guarantee, bound=bound, metric=metric)
+        asked = Budget.of(max_lost or 0.0, positive, confidence, units or "sample", gate_weights)
+    else:
+        _left_out("without max_lost nothing is lost", positive=positive, units=units, gate_weights=gate_weights)
+        asked = Aim.of(light_share, max_difference, max_metric, guarantee, confidence, bound, metric is not None)
     layers = required_layers(net)
     file = None if curve is None else curve_path(curve)
     samples = open_data(data, net, progress=progress)
+    overlap = None if training is None else _overlap(samples, training)
+    delta = 1 - (CONFIDENCE if confidence is None else confidence)
+    if isinstance(asked, Budget):
+        result, lost = by_lost(net, samples, asked, batch_size, progress)
+        scales, rows = lost.scales, () if file is None else lost_curve(lost, delta)
+    else:
+        result, risks = _by_score(net, layers, samples, asked, metric, batch_size, progress)
+        taus, bound = [layer.threshold for layer in result.layers or (result,)], asked.bound or BOUND
+        scales = tuple(one.scale for one in risks.seen)
+        rows = () if file is None else tabulated(risks, taus, delta, bound)
+    beware = strange_kinds(net, samples, positive)
+    if overlap:
+        seen = f"{overlap} of {len(samples)} samples were used in training too, so the switch looks better than it is"
+        beware = (seen, *beware)
+    first = tuple(replace(layer, notes=(*beware, *layer.notes)) for layer in result.layers[:1])
+    result = replace(result, overlap=overlap, notes=(*beware, *result.notes), layers=(*first, *result.layers[1:]))
+    if file is not None:
+        write_curve(rows, file)
+    for layer, record, scale in zip(layers, result.layers or (result,), scales, strict=True):
+        layer.threshold.fill_(record.threshold)
+        layer.scale.copy_(scale)
+    _keep(net, result)
+    return result
+
+
+def _left_out(why: str, **options: Any) -> None:
+    """Raises OptionError for an option that means nothing here."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise OptionError(f"{given[0]} has no meaning here, because {why}; leave it out.")
+
+
+def _by_score(
+    net: nn.Module,
+    layers: Sequence[DSLayer],
+    samples: Samples,
+    asked: Aim,
+    metric: Metric | None,
+    batch_size: int,
+    progress: bool | None,
+) -> tuple[Calibration, Risks]:
+    """The record of the outermost layer, with every layer's in it where there are several, and what was seen."""
     aim = asked.split(len(layers))
     count = segments_in(net, samples.batch([0]).to(device_of(net)))
     _enough(len(samples) * count, len(set(samples.sources)), aim, "", counted(count))
-    overlap = None if training is None else _overlap(samples, training)
     risks = measured(net, samples, metric, batch_size, progress)
     records: list[Calibration] = []
     for at, layer in enumerate(layers):
@@ -137,18 +160,7 @@ def calibrate(
             used &= _first_seen(risks.unit) % len(layers) == at
         where = f" at layer {at + 1} of {len(layers)}" if len(layers) > 1 else ""
         records.append(_record(risks, at, used, layer, aim, where))
-    if overlap:
-        seen = f"{overlap} of {len(samples)} samples were used in training too, so the switch looks better than it is"
-        records[0] = replace(records[0], notes=(seen, *records[0].notes))
-    result = replace(records[0], overlap=overlap, layers=tuple(records) if len(records) > 1 else ())
-    if file is not None:
-        delta = 1 - (CONFIDENCE if confidence is None else confidence)
-        write_curve(tabulated(risks, [record.threshold for record in records], delta, aim.bound or BOUND), file)
-    for layer, record, seen_by in zip(layers, records, risks.seen, strict=True):
-        layer.threshold.fill_(record.threshold)
-        layer.scale.copy_(seen_by.scale)
-    _keep(net, result)
-    return result
+    return replace(records[0], layers=tuple(records) if len(records) > 1 else ()), risks
 
 
 def _record(risks: Risks, at: int, used: np.ndarray, layer: DSLayer, aim: Aim, where: str) -> Calibration:

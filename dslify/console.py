@@ -178,6 +178,7 @@ def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -
     from .calibrate import recorded
     from .cost import cost, planned
     from .explained import explanation
+    from .sparsity import mask_words
     from .switch import dsl_layers
 
     layers, rows = dsl_layers(net), cost(net)
@@ -187,6 +188,7 @@ def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -
             "threshold": layer.threshold.item(),
             "plan": layer.plan.to_json(),
             "segments": layer.segments.to_json() if layer.segments is not None else None,
+            "mask": mask_words(layer),
         }
         for layer in layers
     ]
@@ -199,6 +201,7 @@ def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -
         out.show(*[""] * several, report.surgery(planned(layer.plan) if several else rows, layer.plan))
         if layer.plan.latency is not None:
             out.show("", report.latency_fit(layer.plan.latency))
+        out.show(f"mask: {mask_words(layer)}")
         if layer.segments is not None:
             out.show(f"routes {layer.segments.words}")
         if explain:

@@ -115,7 +115,7 @@ def _entering(layers: Sequence[DSLayer]) -> Iterator[dict[DSLayer, tuple[Any, ..
 
 
 def _switch_macs(layer: DSLayer, value: Any) -> int:
-    return count(lambda cut: layer.scores(layer.mask(cut)), value)[0]
+    return count(lambda cut: layer.scores(layer.switch_input(cut, layer.mask(cut))), value)[0]
 
 
 def _flat(graph: fx.GraphModule, inputs: Any) -> Any:

@@ -134,7 +134,7 @@ def _open_tensor(values: Tensor, wanted: Wanted, labels: Any, sources: Any, orig
     for at, value in enumerate(values):
         label, source = (None if column is None else column[at] for column in columns)
         into.add(fitted(value, wanted.shape, origin), label, at if source is None else source, f"{name}[{at}]")
-    return into.finish(1)
+    return into.finish(1, rate=wanted.rate or 0)
 
 
 def _call_factory(module: str, name: str) -> Any:

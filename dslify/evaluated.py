@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -95,12 +96,20 @@ def _layer(layer: Use, several: bool, counted: str) -> Iterator[RenderableType]:
             yield predictions(layer.kinds)
     if layer.gating:
         yield _gating(layer.gating, f"gate {layer.layer}, of what reaches it" if several else "the gate")
+    if layer.mask:
+        yield line(f"mask{f' {layer.layer}' * several}: {layer.mask}")
 
 
 def _gating(found: Gating, words: str) -> Text:
     recall = with_interval(found.recall, found.recall_interval, percent)
     stopped = with_interval(found.stopped, found.stopped_interval, percent)
-    return line(f"{words}: {recall} of the positives go on, {stopped} of the negatives are stopped")
+    sent = (
+        f"; of a positive that goes on {percent(found.zeros)} of the values at the cut are zero: {human(found.sent)} "
+        f"of {human(found.dense)} bytes as int8 with a bitmap, {percent(found.sent / found.dense)}"
+        if math.isfinite(found.sent)
+        else ""
+    )
+    return line(f"{words}: {recall} of the positives go on, {stopped} of the negatives are stopped{sent}")
 
 
 def shares(kinds: Iterable[Kind], counted: str = "samples") -> RenderableType:

@@ -73,7 +73,7 @@ def _open_audio(path: Path, files: list[File], notes: tuple[str, ...], wanted: W
             f"the network reads {shape[-1] / rate:.2f} s; give longer files, or a network with a shorter input."
         )
     used = [clip for clip in clips if clip.reason is None]
-    return into.finish(len(used), (*notes, *resampled(used, rate)), **counts(used))
+    return into.finish(len(used), (*notes, *resampled(used, rate)), rate=rate, **counts(used))
 
 
 def _open_pictures(path: Path, files: list[File], notes: tuple[str, ...], wanted: Wanted) -> Samples:

@@ -6,6 +6,9 @@ papers do not say which loss, how a mask takes part in it, or what the answer is
     answers    the mean of the full path's answers to the negative samples (or what the user gives)
     mask       with beta > 0: L_gate + beta L_comp + anchor L_anchor on mask and gate together
     gate       L_gate alone, on features that are computed once
+
+A mask of thresholds lies behind the gate (DSLayer.unmasked), which then reads what it would without one: L_gate moves
+factors, thresholds follow beta and the anchor alone.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ class GateObjective(nn.Module):
 class GatedMaskObjective(LightObjective):
     """Positions of samples -> (gate, mask, anchor), unweighted, (3,), while masks train in front of gates.
 
-    The gate's cross-entropy tells the mask which channels the decision needs, the anchor which ones the full path does.
+    The gate's cross-entropy tells factors which channels the decision needs, the anchor which ones the full path does.
     tables, how: as for LightObjective. positive: Omega(y), bool, (n,). Raises TrainError when all or none are positive.
     """
 
@@ -84,8 +87,8 @@ class GatedMaskObjective(LightObjective):
         totals = []
         positive, weight = self.positive[positions], self.weight[positions]
         for layer, how, answers in zip(self.layers, self.how, self._answers(positions), strict=True):
-            masked, _, full, original = answers
-            score = layer.switch(layer.pooled(masked))
+            read, masked, _, full, original = answers
+            score = layer.switch(layer.pooled(read))
             told = [one.to(score.device).repeat_interleave(len(score) // len(one)) for one in (positive, weight)]
             losses = (
                 gate_loss(score, *told),

@@ -90,7 +90,7 @@ class LightObjective(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         total: Tensor | None = None
         for layer, how, answers in zip(self.layers, self.how, self._answers(positions), strict=True):
-            masked, light, full, original = answers
+            _, masked, light, full, original = answers
             losses = [light_loss(light, full, layer.scale, layer.outputs, how)]
             if layer.mask.weight.requires_grad:
                 losses.append(layer.mask.penalty(masked))
@@ -101,21 +101,22 @@ class LightObjective(nn.Module):
             raise TrainError("There is no Dynamic Switch Layer to train.")
         return total
 
-    def _answers(self, positions: Tensor) -> Iterator[tuple[Tensor, Any, Any, Any]]:
-        """(masked, light, full, original) of every layer."""
+    def _answers(self, positions: Tensor) -> Iterator[tuple[Tensor, Tensor, Any, Any, Any]]:
+        """(what the switch reads, masked, light, full, original) of every layer."""
         if self.tables is None:
             self.read(self.samples.batch(positions).to(device_of(self.net)))
             for layer in self.layers:
                 paths = _ran(layer)
-                yield paths.masked, paths.light, paths.full, paths.original
+                yield paths.read, paths.masked, paths.light, paths.full, paths.original
             return
         for layer, table in zip(self.layers, self.tables, strict=True):
             (cut, *crossing), answers = table.take(positions)
             if layer.mask.weight.requires_grad:
                 masked = layer.mask(cut)
-                yield masked, layer.light(masked, *crossing), layer.full(masked, *crossing), answers
-            else:
-                yield cut, layer.light(cut, *crossing), answers, None
+                read = layer.switch_input(cut, masked)
+                yield read, masked, layer.light(masked, *crossing), layer.full(masked, *crossing), answers
+            else:  # the table holds what follows the mask, and no switch learns from it
+                yield cut, cut, layer.light(cut, *crossing), answers, None
 
 
 class SwitchObjective(nn.Module):
@@ -203,7 +204,7 @@ def judge(
             paths = _ran(layer)
             gaps = layer_difference(layer, paths.light, paths.full)
             check_finite(gaps.reshape(len(batch), -1), samples, begin)
-            features[at].append(layer.switch.features(layer.pooled(paths.masked)))
+            features[at].append(layer.switch.features(layer.pooled(paths.read)))
             actual[at].append(gaps)
     return [torch.cat(parts) for parts in features], [torch.cat(parts) for parts in actual]
 

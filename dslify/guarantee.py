@@ -89,11 +89,11 @@ def hoeffding_bentkus(risk: np.ndarray | float, n: np.ndarray | int, alpha: np.n
     with np.errstate(divide="ignore", invalid="ignore"):
         divergence = np.where(low > 0, low * np.log(low / alpha), 0.0)
         divergence = divergence + np.where(low < 1, (1 - low) * np.log((1 - low) / (1 - alpha)), 0.0)
-    bentkus = math.e * _binomial_tail(np.ceil(n * risk - SMALLEST_TERM), n, alpha)
+    bentkus = math.e * binomial_tail(np.ceil(n * risk - SMALLEST_TERM), n, alpha)
     return np.where(n > 0, np.minimum(np.exp(-n * divergence), np.minimum(bentkus, 1.0)), 1.0)
 
 
-def _binomial_tail(k: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:
+def binomial_tail(k: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:
     """P(Bin(n, p) <= k) where k is below the mean n p, and 1 elsewhere: there Bentkus's bound says nothing."""
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, int(n.max(initial=0)) + 1)))])  # of factorials
     low = np.flatnonzero((k < n * p).ravel())

@@ -113,7 +113,8 @@ def open_items(items: Any, wanted: Wanted, labels: Any, sources: Any) -> Samples
             name = f"sample[{at}]" if item.clip is None else f"sample[{at}][{piece}]"
             into.add(fitted(torch.as_tensor(value), wanted.shape, origin), label, source, name)
     used = [clip for clip in clips if clip.reason is None]
-    return into.finish(1, (*notes, *resampled(used, wanted.hertz)), **counts(used))
+    rate = wanted.hertz if used else wanted.rate or 0
+    return into.finish(1, (*notes, *resampled(used, wanted.hertz)), rate=rate, **counts(used))
 
 
 def has_places(items: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from . import options as o
 from .console import Output, dslified, read_data, size_of
@@ -10,6 +12,9 @@ from .errors import OptionError
 from .named import named_function
 from .options import hertz, number, numbers, run_folder, runs_beside, seconds, whole, words
 from .processes import place
+
+if TYPE_CHECKING:
+    from .samples import Samples
 
 
 def finetune(
@@ -41,6 +46,9 @@ def finetune(
     segment: o.Segment = None,
     labels: o.Labels = None,
     workers: o.Workers = "0",
+    copies: o.Copies = "0",
+    vary_by: o.Vary = None,
+    noise: o.Noise = None,
     fit: o.Fit = True,
     resume: o.Resume = False,
     run_dir: o.RunDir = None,
@@ -85,14 +93,18 @@ def finetune(
         net = dslified(file)
         from . import Joint, load_model, report, save
         from . import finetune as train
+        from .sparsity import mask_words
+        from .switch import dsl_layers
 
         if joint is not None and task_loss is not None:
             plain = load_model(joint, trust=trust or (), code=code or (), arch=arch)
             options["joint"] = Joint(plain, named_function(task_loss, "--task-loss"), **together)
             net = dslified(file, into=plain)  # the task may be about more than the scope
         folder = run_dir or run_folder(file, resume)
-        samples = read_data(net, data, rate_hz, length, out, labels, workers)
-        others = None if switch_data is None else read_data(net, switch_data, rate_hz, length, out, labels, workers)
+        read = partial(read_data, net, rate=rate_hz, segment=length, out=out, workers=workers)
+        varied = _copier(read, out, copies, vary_by, noise, options["seed"])
+        samples = varied(read(data, labels=labels))
+        others = None if switch_data is None else varied(read(switch_data, labels=labels))
         try:
             history = train(
                 net, samples, switch_data=others, run_dir=folder, resume=resume, progress=out.progress, **options
@@ -102,10 +114,10 @@ def finetune(
                 raise
             raise KeyboardInterrupt(f"go on with the same command and --resume --run-dir {folder}") from None
         written = save(net, output or file, force=True) if first else file
-        out.document = {"file": str(written), "run_dir": str(folder), **history.to_json()}
-        out.show(
-            report.training(history), "", f"wrote {written} ({size_of(written)}) and {folder}/ (logs, checkpoints)"
-        )
+        masks = [mask_words(layer) for layer in dsl_layers(net)]
+        out.document = {"file": str(written), "run_dir": str(folder), "masks": masks, **history.to_json()}
+        wrote = f"wrote {written} ({size_of(written)}) and {folder}/ (logs, checkpoints)"
+        out.show(report.training(history), *(f"mask: {mask}" for mask in masks), "", wrote)
         out.next("calibrate", str(written), "--data", "OTHER_FOLDER", "--light-share", "0.5")
 
 
@@ -119,12 +131,19 @@ def calibrate(
     bound: o.Bound = None,
     metric: o.Metric = None,
     max_metric: o.MaxMetric = None,
+    positive: o.Positive = None,
+    max_lost: o.MaxLost = None,
+    units: o.Units = None,
+    gate_weights: o.GateWeights = None,
     curve: o.Curve = None,
     run_dir: o.SeenRun = None,
     rate: o.Rate = None,
     segment: o.Segment = None,
     labels: o.Labels = None,
     workers: o.Workers = "0",
+    copies: o.Copies = "0",
+    vary_by: o.Vary = None,
+    noise: o.Noise = None,
     batch_size: o.BatchSize = "32",
     output: o.Write = None,
     force: o.Force = False,
@@ -142,6 +161,9 @@ def calibrate(
     }
     if light_share is not None:
         asked["light_share"] = number("light-share", light_share, "0 to 1", least=0, most=1)
+    if max_lost is not None:
+        asked["max_lost"] = number("max-lost", max_lost, "above 0 and below 1", above=0, below=1)
+    asked |= {"positive": positive, "units": units, "gate_weights": numbers("gate-weights", gate_weights)}
     if confidence is not None:
         asked["confidence"] = number("confidence", confidence, "above 0 and below 1", above=0, below=1)
     batch, rate_hz, length = whole("batch-size", batch_size, least=1), hertz(rate), seconds(segment)
@@ -154,7 +176,8 @@ def calibrate(
         asked["curve"] = None if curve is None else curve_path(curve, force)
         judge = None if metric is None else named_function(metric, "--metric")
         runs = runs_beside(file) if run_dir is None else (run_dir,)
-        samples = read_data(net, data, rate_hz, length, out, labels, workers)
+        read = partial(read_data, net, rate=rate_hz, segment=length, out=out, workers=workers)
+        samples = _copier(read, out, copies, vary_by, noise)(read(data, labels=labels))
         options: dict[str, Any] = {"guarantee": guarantee, "metric": judge, "training": runs or None, **asked}
         result = set_threshold(net, samples, batch_size=batch, progress=out.progress, **options)
         written = save(net, output or file, force=True)
@@ -196,3 +219,26 @@ def evaluate(
         result = judge(net, samples, judged, batch_size=batch, seed=first, progress=out.progress, **wanted)
         out.document = {"file": str(file), **result.to_json()}
         out.show(report.evaluation(result))
+
+
+def _copier(
+    read: Callable[[str], Samples], out: Output, copies: str, vary_by: str | None, noise: str | None, seed: int = 0
+) -> Callable[[Samples], Samples]:
+    """What puts varied copies beside samples that were just read, as the options ask, and says so."""
+    count = whole("copies", copies)
+    if not count:
+        if vary_by is not None or noise is not None:
+            raise OptionError("--vary and --noise say how copies are made, and none are wanted; add --copies 8.")
+        return lambda samples: samples
+    from . import vary
+
+    noises = None if noise is None else read(noise)
+    own = None if vary_by is None else named_function(vary_by, "--vary")
+
+    def varied(samples: Samples) -> Samples:
+        found = vary(samples, count, noises=noises, seed=seed, with_=own)
+        out.read[-1] = found.report.to_json()
+        out.show(*(f"  {note}" for note in found.report.notes[len(samples.report.notes) :]))
+        return found
+
+    return varied

@@ -19,6 +19,7 @@ from .accuracy import accuracy_of
 from .cost import cost
 from .data import open_data
 from .errors import OptionError, VerifyError
+from .kinds import strange_kinds
 from .notes import noted
 from .observe import Metric, Observations, Outcomes, collect_routed, plain
 from .omega import Omega, omega
@@ -26,6 +27,7 @@ from .probe import Judge
 from .resampling import ROUNDING, Interval, Resample
 from .rivals import Rivals, Row
 from .samples import Samples, expected_classes
+from .sparsity import mask_words
 from .switch import DSLayer, required_layers
 from .uses import Gating, Kind, Use, gating, use
 
@@ -125,7 +127,10 @@ def evaluate(
     switches = [(layer.switch.kind, layer.threshold.item()) for layer in layers]
     wanted = None if chosen is None else chosen.repeat(seen[0].segments)
     found = compare(seen, outcomes, switches, macs, wanted, seed=seed)
-    return replace(found, notes=(*found.notes, *_warm_up(layers))) if found.segments > 1 else found
+    masks = [replace(use, mask=mask_words(layer)) for use, layer in zip(found.layers, layers, strict=True)]
+    found = replace(found, layers=tuple(masks))
+    notes = (*found.notes, *strange_kinds(net, samples, positive), *(_warm_up(layers) if found.segments > 1 else ()))
+    return replace(found, notes=notes)
 
 
 def _positive(net: nn.Module, words: Any, samples: Samples) -> np.ndarray:

@@ -47,6 +47,7 @@ def named_function(name: str, what: str) -> Callable[..., Any]:
         except Exception as error:
             raise OptionError(f"{what} {name} failed ({_reason(error)}); mend it and try again.") from error
 
+    told.__qualname__ = name
     return told
 
 

@@ -12,7 +12,7 @@ def noted(net: nn.Module, what: str) -> Any:
     """The note of this name, of the outermost graph that has it; None if there is none.
 
     example: shape and type of every input. pixels: how pictures become inputs. classes: names of the outputs.
-    calibration: how the thresholds were set (calibrate.recorded).
+    calibration: how the thresholds were set (calibrate.recorded). trained_on: labels that gates learned from (kinds).
     """
     for module in net.modules():
         meta = getattr(module, "meta", None)

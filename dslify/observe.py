@@ -35,7 +35,8 @@ class Observations:
     scale: mean absolute full output, (outputs,), that the differences are relative to. metric: the user's, per sample,
     for "full", "light" and "mixed"; the network's output is judged whole, so all segments of a sample have its value.
     reached: of a routed run: which samples came to the layer; a layer inside a full path is not reached by all.
-    segments: of each sample of the data.
+    segments: of each sample of the data. zeros, entries: of a gate, the share of exact zeros in the masked activation
+    of each sample, and its values; empty for other layers.
     """
 
     score: np.ndarray
@@ -49,6 +50,8 @@ class Observations:
     metric: dict[str, np.ndarray] = field(default_factory=dict)
     reached: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     segments: int = 1
+    zeros: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    entries: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
 
     def __len__(self) -> int:
         return len(self.score)
@@ -187,6 +190,8 @@ def _observed(table: Columns, known: list[Tensor], samples: Samples, entries: in
             mixed=table.get(("mixed", MIXED), nothing),
             reached=table.get(("reached", at), nothing).astype(bool),
             segments=count,
+            zeros=table.get(("zeros", at), nothing),
+            entries=table.get(("entries", at), nothing).astype(int),
         )
         for at, scale in enumerate(known)
     )

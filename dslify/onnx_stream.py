@@ -23,18 +23,22 @@ def stream_model(front: ModelProto, layer: DSLayer, axis: int, frames: int, afte
     graph = GraphProto(name="stream")
     masked, score = (value.name for value in front.graph.output[:2])
     nodes = _needed(front.graph, masked)
-    for node in nodes:  # what they made of it is the whole, of which the output is a part
-        _renamed(node, masked, "stream/whole")
     read = {name for node in nodes for name in node.input}
-    graph.node.extend(nodes)
     graph.initializer.extend(tensor for tensor in front.graph.initializer if tensor.name in read)
     graph.initializer.append(_tensor("stream/axis", np.array([axis])))
-    graph.node.append(helper.make_node("Slice", ["stream/whole", FIRST, LAST, "stream/axis"], [masked]))
-    scored = masked
+    scored = nodes[-1].input[0] if layer.unmasked else masked  # thresholds: what they take from it is the last step
+    before = {each for node in _needed(front.graph, scored) for each in node.output}
+    behind = [node for node in nodes if before.isdisjoint(node.output)]  # the mask's own, of the part alone
+    for node in nodes:  # what they made of it is the whole, of which the output is a part
+        if node not in behind:
+            _renamed(node, scored, "stream/whole")
+            graph.node.append(node)
+    graph.node.append(helper.make_node("Slice", ["stream/whole", FIRST, LAST, "stream/axis"], [scored]))
+    graph.node.extend(behind)
     if after:
         for name, value in (("stream/zero", 0), ("stream/frames", frames)):
             graph.initializer.append(_tensor(name, np.array([value])))
-        graph.node.append(helper.make_node("Slice", [masked, "stream/zero", "stream/frames", "stream/axis"], [_KEPT]))
+        graph.node.append(helper.make_node("Slice", [scored, "stream/zero", "stream/frames", "stream/axis"], [_KEPT]))
         scored = _KEPT
     rank = len(front.graph.output[0].type.tensor_type.shape.dim)
     _add_switch(graph, layer, scored, score, rank)

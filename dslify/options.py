@@ -135,6 +135,18 @@ JointRate = Annotated[str, typer.Option("--joint-lr", metavar="RATE", help="lear
 Routes = Annotated[
     str, typer.Option("--routes", metavar="WORD", help="with --joint, what follows the layer reads: full or mixed")
 ]
+Copies = Annotated[
+    str,
+    typer.Option("--copies", metavar="N", help="varied copies of each sample, too: sound moved, faster, louder, noisy"),
+]
+Vary = Annotated[
+    str | None,
+    typer.Option("--vary", metavar="PKG.MOD:FUNCTION", help="--copies of no sound: (batch, generator) -> varied batch"),
+]
+Noise = Annotated[
+    str | None,
+    typer.Option("--noise", metavar="FOLDER", help="mixed into --copies (samples labelled background, or made noise)"),
+]
 CheckpointEvery = Annotated[str, typer.Option("--checkpoint-every", metavar="N", help="steps between checkpoints")]
 Fit = Annotated[bool, typer.Option(help="start the light path from a least-squares fit")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]
@@ -152,12 +164,24 @@ MaxDifference = Annotated[
 MaxMetric = Annotated[
     str | None, typer.Option("--max-metric", metavar="D", help="bound on how much the metric may rise on average")
 ]
+MaxLost = Annotated[
+    str | None,
+    typer.Option("--max-lost", metavar="SHARE", help="of the positives, that all gates may lose together: 0.01"),
+]
+Units = Annotated[
+    str | None, typer.Option("--units", metavar="WORD", help="what --max-lost counts: sample (as it is), or source")
+]
+GateWeights = Annotated[
+    str | None,
+    typer.Option("--gate-weights", metavar="W,W", help="odds at which gates stop, against each other (1 each)"),
+]
 Guarantee = Annotated[
     str | None,
     typer.Option("--guarantee", metavar="WORD", help="mean (of all, on average) or routed (of what goes light)"),
 ]
 Confidence = Annotated[
-    str | None, typer.Option("--confidence", metavar="P", help="that the bound holds for what goes light (0.95)")
+    str | None,
+    typer.Option("--confidence", metavar="P", help="that --max-lost, or the bound for what goes light, holds (0.95)"),
 ]
 Bound = Annotated[str | None, typer.Option("--bound", metavar="D", help="guarantees count more as this much (1)")]
 Curve = Annotated[

@@ -47,14 +47,15 @@ class Scored(nn.Module):
         self.mask, self.switch = layer.mask, layer.switch
         whole = copy(layer)
         whole.segments = None
-        self._pooled = whole.pooled
+        self._pooled, self._switch_input = whole.pooled, whole.switch_input
 
     def forward(self, cut: Tensor) -> tuple[Tensor, Tensor]:
         masked = self.mask(cut)
-        return masked, self.score(masked)
+        return masked, self.score(self._switch_input(cut, masked))
 
-    def score(self, masked: Tensor) -> Tensor:
-        found: Tensor = self.switch(self._pooled(masked))
+    def score(self, read: Tensor) -> Tensor:
+        """read: what the switch reads, the activation after the mask or before it (DSLayer.unmasked)."""
+        found: Tensor = self.switch(self._pooled(read))
         return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .cascade import Way, forced, parents
 from .errors import OptionError, VerifyError
 from .losses import comparable, layer_difference, sample_scale
+from .sparsity import entries, zeros
 from .switch import DSLayer, Paths, Route, route
 
 Judge = Callable[[Any, Any, Sequence[int]], Any]
@@ -65,7 +66,8 @@ class Probe:
     def columns(self, inputs: Tensor, positions: Sequence[int]) -> Columns:
         """What one batch shows, each (batch,); of layers that route segments, (batch * segments,), sample by sample.
 
-        score, difference: of every layer, with both paths of all of them run. way: difference of every way from all
+        score, difference: of every layer, with both paths of all of them run. zeros, entries: of every gate, the share
+        of zeros in what crosses the cut, and its values. way: difference of every way from all
         full, where the last layer ends. mixed: the same of the routed run. taken, reached: of every layer in it. And
         each judgement under its name, for every way and MIXED: a sample's, at each of its segments.
         """
@@ -75,6 +77,9 @@ class Probe:
         for at, layer in enumerate(self.layers):
             columns["score", at] = _column(_paths(layer).score, size, _LAYER)
             columns["difference", at] = self._apart(_paths(layer).light or (), both, at, size)
+            if layer.switch.kind == "positive":
+                columns["zeros", at] = _column(zeros(layer, _paths(layer)), size, _LAYER)
+                columns["entries", at] = np.full(size, entries(layer, _paths(layer)))
         if not self.ways:
             return columns
         for number, way in enumerate(self.ways):

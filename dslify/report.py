@@ -5,8 +5,8 @@ Every function takes a frozen result and returns something that rich prints; wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Group, RenderableType
 
@@ -106,7 +106,7 @@ def training(history: History) -> RenderableType:
             once = (phase.name, str(phase.steps), f"{phase.seconds:.0f}") if at == 0 else ("", "", "")
             row = (once[0], once[1], name, figure(phase.first(name)), figure(phase.last(name)), Spark(curve), once[2])
             table.add_row(*row)
-    lines = [f"{name}: {part['samples']} samples from {part['sources']} sources" for name, part in history.data.items()]
+    lines = [f"{name}: {_counted(part)} from {part['sources']} sources" for name, part in history.data.items()]
     if history.unseen is not None:
         lines.append(
             f"light differs from full by {figure(history.unseen)} on the switch's data, which it was not fitted to"
@@ -119,8 +119,16 @@ def training(history: History) -> RenderableType:
     return Group(table, *map(line, lines))
 
 
+def _counted(part: Mapping[str, Any]) -> str:
+    """ "360 samples (40 and varied copies of them)", of what a phase learned from."""
+    varied = part["originals"] < part["samples"]
+    return f"{part['samples']} samples" + varied * f" ({part['originals']} and varied copies of them)"
+
+
 def calibration(result: Calibration) -> RenderableType:
     """The threshold, how it was set, what it promises, and what to beware of; of every layer."""
+    if result.max_lost is not None:
+        return _gates(result)
     lines = []
     for at, layer in enumerate(result.layers or (result,)):
         unit = "probability of a positive" if layer.kind == "positive" else "relative difference"
@@ -137,3 +145,20 @@ def calibration(result: Calibration) -> RenderableType:
             lines.append(f"promise: {layer.promise} ({given})")
         lines += [f"note: {note}" for note in layer.notes]
     return Group(*map(line, lines))
+
+
+def _gates(result: Calibration) -> RenderableType:
+    """Thresholds that were set by what they lose: what each gate does and all of them, how, and with what promise."""
+    layers = result.layers or (result,)
+    several = len(layers) > 1
+    table = plain_table("gate", "threshold", "positives\nlost", "negatives\nstopped")
+    named = [(str(at), figure(layer.threshold), layer) for at, layer in enumerate(layers, 1)]
+    for name, threshold, one in [*named, *([("all", "", result)] if several else [])]:
+        table.add_row(name, threshold, percent(one.lost, 2), percent(one.negatives_stopped, 1))
+    kinds = ", ".join(f"{kind} {percent(share, 1)}" for kind, share in result.stopped.items())
+    lines = [
+        f"stopped of each kind: {kinds}",
+        f"threshold{'s' * several} (probability of a positive) set by {result.how}",
+    ]
+    lines += [f"promise: {result.promise}"] if result.promise else []
+    return Group(table, *map(line, [*lines, *(f"note: {note}" for note in result.notes)]))

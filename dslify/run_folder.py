@@ -3,6 +3,7 @@
     RUN/config.json        options and digests of data and network; a resumed run has to have the same
     RUN/environment.json   versions of what it ran on
     RUN/data.json          one hash a sample that training has seen, so that calibration can tell
+    RUN/labels.json        how many samples of each label every phase saw
     RUN/history.jsonl      one line a step
     RUN/tensorboard/       the same curves for TensorBoard
     RUN/checkpoints/       step-000100.pt ...: the last KEPT; with early stopping best.pt, the best of the phase on the
@@ -61,7 +62,9 @@ class RunFolder:
         self._made = False
 
     @classmethod
-    def create(cls, path: Path, config: dict[str, Any], seen: dict[str, Any], first: dict[str, Any]) -> RunFolder:
+    def create(
+        cls, path: Path, config: dict[str, Any], seen: dict[str, Any], labels: dict[str, Any], first: dict[str, Any]
+    ) -> RunFolder:
         """A new run in `path`; `first` is the checkpoint at step 0.
 
         Raises TrainError when the folder holds a run or anything else already, or cannot be made.
@@ -80,6 +83,7 @@ class RunFolder:
         folder.save(0, first)
         folder._write_json("environment.json", environment())
         folder._write_json("data.json", seen)
+        folder._write_json("labels.json", labels)
         folder._write_json("config.json", config)  # last: a folder with a config is a run that can be resumed
         return folder
 
@@ -206,7 +210,7 @@ class RunFolder:
 
     def _foreign(self) -> str | None:
         """Something in the folder that a start which died before its config was written would not have left."""
-        ours = {"checkpoints", "history.jsonl", "environment.json", "data.json", f"step-{0:06d}.pt"}
+        ours = {"checkpoints", "history.jsonl", "environment.json", "data.json", "labels.json", f"step-{0:06d}.pt"}
         if not self.path.is_dir():
             return None
         found = list(self.path.iterdir())

@@ -94,8 +94,9 @@ class History:
     phases: "joint", "light" and "switch", those that ran. scale: per layer and output, mean absolute full output.
     unseen: mean relative difference between light and full on the switch's data, which the light path was not fitted
     to; None without a switch phase. cached: the fast path was used. fitted: a light path started from a least-squares
-    fit. kept: with early stopping, the step of each phase whose weights were kept, out of all that ran. data: samples,
-    sources and a digest for "light" and "switch". fingerprints: a hash of every sample seen (not part of the JSON;
+    fit. kept: with early stopping, the step of each phase whose weights were kept, out of all that ran. data: of
+    "light" and "switch" each: samples, originals (fewer where copies are among them), sources, a digest, and how many
+    samples have each label. fingerprints: a hash of every sample seen (not part of the JSON;
     data.json in the run folder).
     """
 

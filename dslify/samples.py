@@ -28,7 +28,7 @@ MOST_CLASSES = 1 << 20  # a larger whole number is a name (an identifier, a year
 class DataReport:
     """What was read.
 
-    read: files, or 1 for an array or a Python object. seconds: of sound, 0 where that means nothing.
+    read: files, or 1 for an array or a Python object. seconds, rate (Hz): of sound, 0 where that means nothing.
     padded: samples completed with zeros. dropped: rests of files too short to keep. skipped: (name, reason).
     """
 
@@ -40,6 +40,7 @@ class DataReport:
     dropped: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    rate: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,7 +52,7 @@ class Samples(Dataset[Tensor]):
 
     `samples[i]` is one input of the network without its batch axis; `samples.batch([3, 1])` is a fresh batch.
     labels, sources, names: one string a sample. Samples of one source (a file, a speaker) stay together in a split.
-    rms_db: (n,), level of each sample in dB re 1, at least QUIETEST_DB: the loudness baseline of the switch.
+    levels, rms_db: (n,), level of each sample in dB re 1, at least QUIETEST_DB: the loudness baseline of the switch.
     classes: the labels in the order of a classifier's outputs (see `class_order`); subsets keep it whole.
     """
 
@@ -60,7 +61,7 @@ class Samples(Dataset[Tensor]):
     labels: tuple[str, ...] = field(repr=False)
     sources: tuple[str, ...] = field(repr=False)
     names: tuple[str, ...] = field(repr=False)
-    rms_db: Tensor = field(repr=False)
+    levels: Tensor = field(repr=False)
     report: DataReport
     classes: tuple[str, ...] = field(default=(), repr=False)
 
@@ -75,6 +76,18 @@ class Samples(Dataset[Tensor]):
         """Of one sample."""
         return tuple(self.values.shape[1:])
 
+    @property
+    def rms_db(self) -> Tensor:
+        return self.levels
+
+    @property
+    def originals(self) -> tuple[int, ...]:
+        """For each sample the number of the original that it is, or is a varied copy of (`vary`); kept by subsets.
+
+        Samples of one number are no independent evidence: they count once wherever something is promised.
+        """
+        return tuple(self.index.tolist())
+
     def batch(self, positions: Sequence[int] | Tensor) -> Tensor:
         """(len(positions), *shape), a copy."""
         return self.values.index_select(0, self.index[torch.as_tensor(positions)])
@@ -87,7 +100,7 @@ class Samples(Dataset[Tensor]):
         )
         where = torch.tensor(chosen, dtype=torch.long)
         return replace(
-            self, index=self.index[where], labels=labels, sources=sources, names=names, rms_db=self.rms_db[where]
+            self, index=self.index[where], labels=labels, sources=sources, names=names, levels=self.levels[where]
         )
 
     def class_indices(self, classes: Sequence[str] | None = None) -> Tensor:
@@ -106,8 +119,12 @@ class Samples(Dataset[Tensor]):
         return torch.tensor([place[label] for label in self.labels], dtype=torch.long)
 
     def fingerprints(self) -> tuple[str, ...]:
-        """One hash a sample, of its bytes: equal samples are recognised wherever they come from."""
-        return tuple(hashlib.blake2b(raw_bytes(self[at]), digest_size=8).hexdigest() for at in range(len(self)))
+        """One hash a sample, of its original's bytes: it is recognised wherever it comes from, and however varied."""
+        known = {
+            row: hashlib.blake2b(raw_bytes(self.values[row]), digest_size=8).hexdigest()
+            for row in dict.fromkeys(self.originals)
+        }
+        return tuple(known[row] for row in self.originals)
 
     def digest(self) -> str:
         """One hash of all samples in their order."""

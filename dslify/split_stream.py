@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from onnx import ModelProto
-from torch import fx
+from torch import fx, nn
 
 from .checked import case, error
 from .errors import OptionError
@@ -55,8 +55,8 @@ class Streamed:
             runner.threshold = -runner.threshold
         whole = {way: case(graph, way, (sound,)).outputs for way in ("light", "full")}
         with torch.no_grad():
-            masked = programs.front.module(sound)[0].split(stream.frames, stream.cut_axis)
-            scores = [Scored(programs.layer).score(part).numpy() for part in masked]
+            (cut,) = _until_cut(cast(fx.GraphModule, programs.front.module), nn.Identity())(sound)
+            scores = [Scored(programs.layer)(part)[1].numpy() for part in cut.split(stream.frames, stream.cut_axis)]
         worst = error([np.concatenate([one.score for one in found])], [np.concatenate(scores)])
         for at, (axis, each) in enumerate(stream.outputs):
             size = stream.frames // stream.cut_step * each
@@ -131,12 +131,17 @@ def _follows(field: Field) -> bool:
 
 def base_of(front: fx.GraphModule, layer: DSLayer) -> fx.GraphModule:
     """A front graph of parts.Parts without the switch: (input) -> (masked,)."""
+    return _until_cut(front, layer.mask)
+
+
+def _until_cut(front: fx.GraphModule, last: nn.Module) -> fx.GraphModule:
+    """A front graph with another module in place of mask and switch: (input) -> (last(cut),)."""
     own, graph = empty_graph_module("Base"), fx.Graph()
     env: dict[fx.Node, Any] = {}
     for node in front.graph.nodes:
         if node.op == "call_module" and node.target == SCORED:
-            own.add_module("dsl_mask", layer.mask)
-            graph.output((graph.call_module("dsl_mask", (env[node.args[0]],)),))
+            own.add_module("dsl_last", last)
+            graph.output((graph.call_module("dsl_last", (env[node.args[0]],)),))
             break
         env[node] = _put(own, graph, front, node, env)
     own.graph = graph

@@ -65,7 +65,7 @@ def _describe_layer(layer: DSLayer, prefix: str, tensors: dict[str, Tensor]) -> 
         "channel_axis": layer.channel_axis,
         "routable": layer.routable,
         "mask": {"kind": layer.mask.kind},
-        "switch": {"kind": layer.switch.kind},
+        "switch": {"kind": layer.switch.kind, "unmasked": layer.unmasked},
         "segments": layer.segments.to_json() if layer.segments is not None else None,
         "plan": layer.plan.to_json() if layer.plan is not None else None,
         "tensors": _own_names(layer, prefix, tensors, ("light", "full")),
@@ -105,6 +105,7 @@ def rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
                     bool(data["routable"]),
                     None if data["plan"] is None else Plan.from_json(data["plan"]),
                 )
+            layer.unmasked = bool(data.get("switch", {}).get("unmasked", False))  # in files of before it never was
             if data.get("segments") is not None:  # files of before do not say it
                 layer.segments = _segments(data["segments"], layer)
             _put(layer, names, tensors, ("light", "full"))

@@ -82,13 +82,15 @@ class Switch(nn.Module):
 class Paths:
     """What the last forward of a DSLayer saw. Outputs are tuples, one entry per value that leaves the region.
 
-    masked: the activation after the mask. score: (batch,). light_taken: (batch,) bool, which samples went light.
-    full, light: None for a path that did not run on the whole batch. original: the full path on the unmasked
-    activation, only in training while the mask is being trained (the anchor needs it). segments: in each sample; score
-    and light_taken have one entry for each of them, (batch * segments,), those of a sample one after the other.
+    masked: the activation after the mask. read: the one that the switch read. score: (batch,). light_taken: (batch,)
+    bool, which samples went light. full, light: None for a path that did not run on the whole batch. original: the full
+    path on the unmasked activation, only in training while the mask is being trained (the anchor needs it). segments:
+    in each sample; score and light_taken have one entry for each of them, (batch * segments,), those of a sample one
+    after the other.
     """
 
     masked: Tensor
+    read: Tensor
     score: Tensor
     light_taken: Tensor | None = None
     full: tuple[Any, ...] | None = None
@@ -107,6 +109,8 @@ class DSLayer(nn.Module):
     plan: what the surgery did (dslify.insert), or None. threshold: buffer, in units of the switch's score; 0 (never
     light) until calibrated. scale: buffer, one per output, the mean absolute full output; 0 until measured. segments:
     the pieces in which a long sequence is routed (dslify.route_every), None to route whole samples.
+    unmasked: whether the switch reads the activation before the mask. It does where the mask holds thresholds: what
+    those cut off tells a negative from a positive too. Factors lie in front of the switch, as in the paper.
     """
 
     mask: Mask
@@ -137,6 +141,7 @@ class DSLayer(nn.Module):
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("scale", torch.zeros(len(self.outputs)))
         self.segments: Segments | None = None
+        self.unmasked = mask.kind == "activation"
         self.route: Route | None = None
         self.paths: Paths | None = None
 
@@ -146,8 +151,12 @@ class DSLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "paths": None}  # tensors of a graph cannot be copied
 
+    def switch_input(self, cut: Tensor, masked: Tensor) -> Tensor:
+        """Which of the two the switch reads: the activation before the mask, or after it."""
+        return cut if self.unmasked else masked
+
     def pooled(self, value: Tensor) -> Tensor:
-        """The cut's activation as the switch reads it: (batch, entries, channels).
+        """switch_input() as the switch takes it: (batch, entries, channels).
 
         With segments one row for each, (batch * segments, entries, channels). Raises OptionError where the last one
         would be shorter than the others; `scores` reads that one too.
@@ -159,12 +168,12 @@ class DSLayer(nn.Module):
             batch *= self.segments.whole(value)
         return first.reshape(batch, -1, first.shape[-1])
 
-    def scores(self, masked: Tensor) -> Tensor:
-        """The switch's score of every sample, or of every segment: (batch * segments,)."""
-        if self.segments is None or not (odd := self.segments.remainder(masked)):
-            return self.switch(self.pooled(masked))  # type: ignore[no-any-return]
+    def scores(self, read: Tensor) -> Tensor:
+        """The switch's score of every sample, or of every segment: (batch * segments,). read: from switch_input()."""
+        if self.segments is None or not (odd := self.segments.remainder(read)):
+            return self.switch(self.pooled(read))  # type: ignore[no-any-return]
         axis = self.segments.axis
-        parts = masked.split([masked.shape[axis] - odd, odd], axis)
+        parts = read.split([read.shape[axis] - odd, odd], axis)
         first, last = (self.switch(self.pooled(part)) for part in parts)
         return torch.cat([first.view(len(last), -1), last[:, None]], 1).flatten()
 
@@ -174,12 +183,13 @@ class DSLayer(nn.Module):
         inputs = (masked, *crossing)
         if self.training and torch.is_grad_enabled():
             inputs = tuple(map(_contiguous, inputs))
-        score = self.scores(masked)
+        read = self.switch_input(cut, masked)
+        score = self.scores(read)
         if route == "mixed":
-            outputs, paths = self._mixed(inputs, score)
+            outputs, paths = self._mixed(inputs, read, score)
             self.__dict__["paths"] = paths  # nn.Module's own way takes longer than an operator
             return outputs[0] if len(outputs) == 1 else outputs
-        paths = Paths(masked, score, segments=self._segments(masked))
+        paths = Paths(masked, read, score, segments=self._segments(masked))
         if route in ("light", "both"):
             paths = replace(paths, light=self.light(*inputs))
         if route in ("full", "both"):
@@ -191,10 +201,10 @@ class DSLayer(nn.Module):
         self.paths = paths
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def _mixed(self, inputs: tuple[Any, ...], score: Tensor) -> tuple[tuple[Any, ...], Paths]:
+    def _mixed(self, inputs: tuple[Any, ...], read: Tensor, score: Tensor) -> tuple[tuple[Any, ...], Paths]:
         """Each sample, or each segment, on its own path; a path that none takes does not run."""
         taken, chosen = self._chosen(score)
-        paths = Paths(inputs[0], score, taken, segments=self._segments(inputs[0]))
+        paths = Paths(inputs[0], read, score, taken, segments=self._segments(inputs[0]))
         if all(chosen):
             light = self.light(*inputs)
             return light, replace(paths, light=light)

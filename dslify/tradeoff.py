@@ -155,9 +155,10 @@ def curve_path(path: str | Path, force: bool = True) -> Path:
     return path
 
 
-def write_curve(rows: Sequence[TradeOff], path: Path) -> None:
-    """As .csv (a header and a line a row) or .json (a list of objects), whole or not at all. Raises StoreError."""
-    names = [field.name for field in fields(TradeOff)]
+def write_curve(rows: Sequence[Any], path: Path) -> None:
+    """Rows of one dataclass as .csv (a header and a line a row) or .json (a list of objects), whole or not at all.
+    Raises StoreError."""
+    names = [field.name for field in fields(rows[0])]
     try:
         with written_whole(path) as temporary, temporary.open("w", newline="") as file:
             if path.suffix.lower() == ".json":

@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .data import open_data
 from .errors import OptionError
 from .gate import gates
 from .gather import Reader
 from .joint import Joint
-from .omega import omega
+from .kinds import label_counts, remember
+from .omega import Omega, omega
 from .output_losses import Kinds
 from .run_folder import RunFolder, stop_requests
 from .runs import History, Options, phases_of
@@ -78,8 +79,8 @@ def finetune(
 ) -> History:
     """Train light path, mask and switch of every Dynamic Switch Layer of `net`, in place; base and full stay frozen.
 
-    train_data, switch_data: anything `open_data` reads. The switch has to learn from inputs that the light path was not
-    fitted to: without switch_data a quarter of train_data, divided by source, is kept for it.
+    train_data, switch_data: anything `open_data` reads, or what `vary` made of it. The switch has to learn from inputs
+    that the light path was not fitted to: without switch_data a quarter of train_data, divided by source, is kept.
     steps, switch_steps: of the two phases; 0 leaves a phase out. batch_size: of the light phase; the switch takes 64 at
     least. lr: peak of AdamW with warm-up and cosine. alpha, beta, anchor: weights of Eq. 5 and of the anchor; at
     beta = 0 the mask is frozen too and the full route stays what it was, exactly.
@@ -99,8 +100,8 @@ def finetune(
     precision. accumulate: parts of a step that run one after another, of batch_size samples each.
     patience: with a number, a tenth of each phase's sources is held out and judged every `checkpoint_every` steps; a
     phase ends when that many judgings in a row brought nothing better, with the best state (best.pt in the run folder).
-    joint: a first phase in which base and full path learn too, end to end with a task loss (dslify.Joint); its labels
-    are those of train_data. The other phases follow on what it leaves.
+    joint: a first phase in which base and full path learn too, end to end with a task loss (dslify.Joint), and with a
+    gate's if the layer has one; its labels are those of train_data. The other phases follow on what it leaves.
 
     Of a layer that routes segments the light path learns from whole samples and the switch from each segment, so
     samples have to be whole segments.
@@ -134,18 +135,31 @@ def finetune(
         count = segments_in(net, part.batch([0]).to(team.device), read=Reader(net, layers))
         if count > 1 and name == "switch":
             notes += (f"the switch learned from segments: {len(part) * count}, {count} of each sample",)
-    wanted = _wanted(layers, parts, positive)
-    data, seen = {}, {}
+    known = _omega(layers, parts, positive)
+    wanted = (
+        {} if known is None else {name: torch.from_numpy(known.positive(part.labels)) for name, part in parts.items()}
+    )
+    data: dict[str, dict[str, Any]] = {}
+    seen: dict[str, tuple[str, ...]] = {}
     for name, part in parts.items():
-        seen[name] = part.fingerprints()
-        sources = len(set(part.sources))
-        data[name] = {"origin": part.report.origin, "samples": len(part), "sources": sources, "digest": part.digest()}
+        seen[name] = tuple(dict.fromkeys(part.fingerprints()))
+        data[name] = {
+            "origin": part.report.origin,
+            "samples": len(part),
+            "originals": len(set(part.originals)),
+            "sources": len(set(part.sources)),
+            "digest": part.digest(),
+            "labels": label_counts(part.labels),
+        }
     if shared := len(set(seen["light"]).intersection(seen.get("switch", ()))):
         notes += (f"{shared} samples taught both the light path and the switch, which makes the switch too sure",)
+    labels = {name: entry["labels"] for name, entry in data.items()}
     digests = {f"{name}_data": entry["digest"] for name, entry in data.items()}
     config = {**asdict(options), **digests, "network": frozen_digest(net, layers, joint is not None)}
     if patience is not None:
         config["checkpoint_every"] = checkpoint_every  # which decides when a phase is over
+    if any(entry["samples"] > entry["originals"] for entry in data.values()):
+        config["copies"] = {name: entry["samples"] - entry["originals"] for name, entry in data.items()}
     if any(layer.segments for layer in layers):
         config["segments"] = [None if layer.segments is None else layer.segments.entries for layer in layers]
     if wanted:
@@ -158,9 +172,9 @@ def finetune(
         stack.enter_context(route(net, "both"))
         bar = stack.enter_context(show_progress(progress))
         run = Run(net, layers, options, checkpoint_every, bar, team, wanted)
-        together = None if joint is None else joint.objective(net, parts["light"], loss, shares)
+        together = None if joint is None else joint.objective(net, parts["light"], loss, shares, wanted.get("light"))
         if where is not None:
-            going_on = team.lead(lambda: _open(run, where, config, seen, resume))
+            going_on = team.lead(lambda: _open(run, where, config, (seen, labels), resume))
             if going_on is not None:
                 run.restore(*going_on)
             if run.folder is not None:
@@ -175,6 +189,8 @@ def finetune(
             if "switch" in parts:
                 run.switch_phase(parts["switch"])
             run.finish()
+            if known is not None:
+                remember(net, parts, wanted, None if known.decide else known.text)
         except Exception:
             if run.folder is not None and run.step == 0 and not resume:
                 run.folder.discard()  # a start that is refused leaves nothing behind
@@ -196,31 +212,30 @@ def finetune(
 
 
 def _open(
-    run: Run, where: Path, config: dict[str, Any], seen: dict[str, Any], resume: bool
+    run: Run, where: Path, config: dict[str, Any], data: tuple[dict[str, Any], dict[str, Any]], resume: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """Give the run its folder; returns checkpoint and history to go on from."""
+    """Give the run its folder; returns checkpoint and history to go on from. data: fingerprints and labels of it."""
     if not resume:
-        run.folder = RunFolder.create(where, config, seen, run.state())
+        run.folder = RunFolder.create(where, config, *data, run.state())
         return None
     run.folder, state, lines = RunFolder.reopen(where, config)
     return state, lines
 
 
-def _wanted(layers: Sequence[DSLayer], parts: dict[str, Samples], positive: Positive | None) -> dict[str, Tensor]:
-    """Which samples of each phase are positive, bool, (n,); empty without gates. Raises OptionError."""
+def _omega(layers: Sequence[DSLayer], parts: dict[str, Samples], positive: Positive | None) -> Omega | None:
+    """Which labels are positive; None without gates. Raises OptionError."""
     if not gates(layers):
         if positive is not None:
             raise OptionError(
                 "positive labels are for gates, and this network has none; insert with mode='gc', or leave them out."
             )
-        return {}
+        return None
     if positive is None:
         raise OptionError(
             "This network has a gate, which learns from labels; say which are positive, such as positive='1-9' or "
             "'yes,no' (--positive)."
         )
-    known = omega(positive, [label for part in parts.values() for label in part.labels])
-    return {name: torch.from_numpy(known.positive(part.labels)) for name, part in parts.items()}
+    return omega(positive, [label for part in parts.values() for label in part.labels])
 
 
 def _divide(

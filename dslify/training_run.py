@@ -92,7 +92,7 @@ class Run:
         self.lines = lines
         self.bar.update(self.task, completed=self.step)
 
-    def joint_phase(self, objective: nn.Module, samples: Samples) -> None:
+    def joint_phase(self, objective: JointObjective, samples: Samples) -> None:
         """Eq. 5 end to end: everything learns, but for the mask where beta is 0."""
         options = self.options
         if self.step >= options.joint_steps:
@@ -104,7 +104,7 @@ class Run:
             parameter.requires_grad_(True)
         everything = torch.arange(len(samples))
         batch = options.batch_size * options.accumulate
-        parts = Objectives([(JointObjective.NAMES, objective)], masks if options.beta > 0 else ())
+        parts = Objectives([(objective.names, objective)], masks if options.beta > 0 else ())
         groups = [{"params": parameters}]
         self._train("joint", parts, groups, (everything, everything[:0]), batch, (0, options.joint_steps))
         for parameter in parameters:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .losses import SCORE_FLOOR
 from .observe import Observations
 from .resampling import Interval, Resample, correlation, spearman
+from .sparsity import int8_bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Kind:
 class Gating:
     """What gates make of labels. recall: part of the positives that go on. stopped: part of the negatives that do not.
 
+    Of one gate, and a positive that goes on there: zeros: activation sparsity, the mean share of exact zeros in what
+    crosses the cut. dense, sent: bytes of that as int8, as it is, and with a bit a value that says which are zero.
     NaN where there are none.
     """
 
@@ -54,11 +57,15 @@ class Gating:
     stopped: float
     recall_interval: Interval = None
     stopped_interval: Interval = None
+    zeros: float = math.nan
+    dense: float = math.nan
+    sent: float = math.nan
 
 
 @dataclass(frozen=True)
 class Use:
-    """What one layer does. layer: its number, outermost first. switch: "difference", or "positive" for a gate.
+    """What one layer does. layer: its number, outermost first. switch: "difference", or "positive" for a gate. mask:
+    which one is in use, in words.
 
     reached: part of all samples that come to the layer. share: part of those that goes light there; of_all: the same of
     all samples. kinds: "all", then every label; empty when no sample reaches the layer. gating: of a gate, of what
@@ -75,6 +82,7 @@ class Use:
     of_all_interval: Interval
     kinds: tuple[Kind, ...]
     gating: Gating | None = None
+    mask: str = ""
 
 
 def use(
@@ -97,8 +105,17 @@ def use(
         share_interval=draw.interval(draw.means(taken, reached)),
         of_all_interval=draw.interval(draw.means(taken)),
         kinds=tuple(kinds),
-        gating=gating(seen.taken, reached, positive, draw) if switch == "positive" and positive is not None else None,
+        gating=_gating(seen, positive, draw) if switch == "positive" and positive is not None else None,
     )
+
+
+def _gating(seen: Observations, positive: np.ndarray, draw: Resample) -> Gating:
+    """Of one gate: what it makes of what reaches it, and what a positive sends that goes on."""
+    found, on = gating(seen.taken, seen.reached, positive, draw), seen.reached & positive & ~seen.taken
+    if not on.any() or not len(seen.zeros):
+        return found
+    sent = [int8_bytes(int(count), share) for count, share in zip(seen.entries[on], seen.zeros[on], strict=True)]
+    return replace(found, zeros=_mean(seen.zeros, on), dense=_mean(seen.entries, on), sent=float(np.mean(sent)))
 
 
 def gating(stopped: np.ndarray, reached: np.ndarray, positive: np.ndarray, draw: Resample) -> Gating:

@@ -19,6 +19,7 @@ from .programs import ANY, Program, Programs, example_of
 from .switch import DSLayer, dsl_layers
 
 MARGIN = 1e-3  # of a score: how far from it the thresholds are that a file is tried with
+GATE_ERROR = 1e-6  # of a gate's score besides: ONNX Runtime's sigmoid is off by 6e-8 and takes logits under -18 for -18
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ def _beyond(layer: DSLayer, light: bool) -> float:
     if layer.paths is None:  # inside a path that did not run
         return 0.0
     highest = float(layer.paths.score.max())
-    return highest * (1 + MARGIN) + float(np.finfo(np.float32).tiny) if light else highest * (1 - MARGIN)
+    off = GATE_ERROR if layer.switch.kind == "positive" else 0.0
+    if not light:
+        return highest * (1 - MARGIN) - off
+    return highest * (1 + MARGIN) + max(off, float(np.finfo(np.float32).tiny))
 
 
 def tried(

@@ -10,22 +10,23 @@ import dslify
 PACKAGE = Path(dslify.__file__).parent
 # each room imports only rooms above it
 ORDER = [
-    "errors", "notes", "named", "omega", "files", "isolate", "garbage", "functional", "guards", "deadline", "obstacle",
-    "readings", "recurrent", "attempt", "capture", "macs", "layout", "rates", "receptive", "cut", "rules", "depth",
-    "axes", "widths", "light", "layers", "separable", "unlearned", "inherit", "plan", "verify", "derive", "mask",
-    "segments", "switch", "graft", "lengths", "answers", "nest", "survey", "nameable", "graph_json", "first_layer",
-    "example_inputs", "listing", "images", "vouched", "pickle_symbols", "pickles", "archives", "load", "samples",
-    "clock", "parts", "programs", "onnx_recurrent", "onnx_registry", "onnx_graph", "onnx_session", "routing", "request",
-    "fit_latency", "insert", "stored_modules", "store", "output_losses", "losses", "audio", "workers", "wanted",
-    "arrays", "folders", "items", "data", "runs", "run_folder", "schedule", "segmented", "gather", "gate", "refit",
-    "processes", "team", "joint", "early_stop", "stepper", "objectives", "training_run", "train", "cascade", "cost",
+    "errors", "notes", "named", "omega", "files", "isolate", "garbage", "functional", "guards", "deadline",
+    "obstacle", "readings", "recurrent", "attempt", "capture", "macs", "counted", "layout", "rates", "receptive",
+    "cut", "rules", "depth", "axes", "widths", "light", "layers", "separable", "unlearned", "inherit", "plan",
+    "verify", "derive", "mask", "segments", "switch", "sparsity", "graft", "lengths", "answers", "nest", "survey",
+    "nameable", "graph_json", "first_layer", "example_inputs", "listing", "images", "vouched", "pickle_symbols",
+    "pickles", "archives", "load", "samples", "kinds", "clock", "parts", "programs", "onnx_recurrent",
+    "onnx_registry", "onnx_graph", "onnx_session", "routing", "request", "fit_latency", "insert", "stored_modules",
+    "store", "output_losses", "losses", "audio", "workers", "wanted", "vary", "arrays", "folders", "items", "data",
+    "runs", "run_folder", "schedule", "segmented", "gather", "gate", "refit", "processes", "team",
+    "training_network", "joint", "early_stop", "stepper", "objectives", "training_run", "train", "cascade", "cost",
     "slicing", "zeros", "zero_axes", "zero_channels", "producers", "compact", "probe", "observe", "guarantee",
-    "thresholds", "tradeoff", "aim", "calibrate", "resampling", "rivals", "uses", "accuracy", "measure", "tables",
-    "evaluated", "checked", "int8_report", "written", "conditional", "pt2_format", "undelegated", "spectra",
-    "executorch_int8", "executorch_format", "litert_format", "int8", "quantize", "runtime", "split_manifest",
-    "onnx_format", "onnx_stream", "split_stream", "split", "export", "energy", "engines", "device_engines",
-    "measurement", "latency", "measured", "routed", "report", "cut_tree", "picture", "explained", "options", "console",
-    "demo", "learning", "deploying", "cli",
+    "rising", "thresholds", "tradeoff", "aim", "budget", "calibration", "lost", "gate_thresholds", "calibrate",
+    "resampling", "rivals", "uses", "accuracy", "measure", "tables", "evaluated", "checked", "int8_report",
+    "written", "conditional", "pt2_format", "undelegated", "spectra", "executorch_int8", "executorch_format",
+    "litert_format", "int8", "quantize", "runtime", "split_manifest", "onnx_format", "onnx_stream", "split_stream",
+    "split", "export", "energy", "engines", "device_engines", "measurement", "latency", "measured", "routed",
+    "report", "cut_tree", "picture", "explained", "options", "console", "demo", "learning", "deploying", "cli",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gate_table import Judge
 from benchmarks.gc import main, settings, threshold
-from benchmarks.keywords import Training, classes, sounds, trained, varied
+from benchmarks.keywords import Training, classes, sounds, trained
 from dslify.data import open_data
 from dslify.errors import OptionError
 from dslify.omega import omega
@@ -149,17 +149,6 @@ def test_every_setting_once():
 def test_classes_put_every_negative_in_the_first():
     samples = clips(["up", "noise", "down", "other", "up"])
     assert classes(samples, omega("up,down", samples.labels)).tolist() == [2, 0, 1, 0, 2]
-
-
-def test_varied_copies_stay_sounds():
-    sound, noises = 0.3 * torch.randn(6, 1, RATE), torch.randn(3, 1, RATE)
-    first, second = (varied(sound, noises, torch.Generator().manual_seed(seed)) for seed in (0, 0))
-    assert torch.equal(first, second)
-    assert first.shape == sound.shape
-    assert first.abs().max() <= 1
-    assert not torch.equal(first, varied(sound, noises, torch.Generator().manual_seed(1)))
-    silent = varied(torch.zeros(6, 1, RATE), torch.zeros(3, 1, RATE), torch.Generator().manual_seed(0))
-    assert silent.abs().max() == 0
 
 
 def test_the_network_reads_one_second():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import signal
 import subprocess
 import sys
-import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -27,7 +26,6 @@ LEAVES = ("inspect", "insert", "finetune", "calibrate", "evaluate", "export", "r
 RATE = 16_000
 LENGTH = 4096  # samples in a segment of the autoencoder
 PATIENCE = 120  # seconds for a child process: many times what it takes
-INTERRUPTED_STEPS = 500  # more than can pass between the first checkpoint and the signal
 
 OWN_CLASS = """
 from torch import nn
@@ -64,6 +62,22 @@ try:
 except SystemExit:
     slow = {"torch", "numpy", "rich", "soundfile"} & set(sys.modules)
     sys.exit(f"imported {slow}" if slow else 0)
+"""
+
+INTERRUPTED = """
+import os, signal
+from dslify.cli import main
+from dslify.run_folder import RunFolder
+
+save = RunFolder.save
+
+def saved(folder, step, *rest, **options):
+    save(folder, step, *rest, **options)
+    if step == 20:
+        os.kill(os.getpid(), signal.SIGINT)
+
+RunFolder.save = saved
+main()
 """
 
 
@@ -170,9 +184,12 @@ def test_names(words: list[str], written: str, tmp_path: Path, monkeypatch: pyte
 
 def test_own_class_needs_code_or_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_network.py").write_text(OWN_CLASS)
-    make = "import torch, own_network; torch.manual_seed(0); torch.save(own_network.Net(), 'own.pt')"
-    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True, timeout=PATIENCE)
     monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        torch.manual_seed(0)
+        torch.save(importlib.import_module("own_network").Net(), "own.pt")
+    del sys.modules["own_network"]  # the user's other program made the file
     words = ["insert", "own.pt", "--at", "encoder.2", "--input", "1x1x512"]
     refused = call(*words)
     assert refused.exit_code == 2
@@ -350,33 +367,19 @@ def test_interrupted_and_resumed_is_the_same_as_unbroken(
     model: Path, sounds: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = model.parent
-    words = [
-        "finetune",
-        "model.dsl",
-        "--data",
-        sounds["train"],
-        "--batch-size",
-        4,
-        "--threads",
-        1,
-        "--switch-steps",
-        20,
-    ]
-    words += ["--steps", INTERRUPTED_STEPS]
+    words = ["finetune", "model.dsl", "--data", sounds["train"], "--batch-size", 4, "--threads", 1]
+    words += ["--steps", 30, "--switch-steps", 15, "--checkpoint-every", 10]
     done("insert", model, "--at", "encoder.block2", "--input", f"1x1x{LENGTH}")
     before = (folder / "model.dsl").read_bytes()
-    command = [sys.executable, "-m", "dslify", *map(str, words)]
-    running = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    limit = time.monotonic() + PATIENCE
-    while not list((folder / "model.run" / "checkpoints").glob("step-0001*")) and time.monotonic() < limit:
-        time.sleep(0.02)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=PATIENCE)
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, words)]
+    running = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    err = running.stderr
     assert running.returncode == 130, err
     assert err.count("\n") == 1
     assert "--resume --run-dir model.run" in err
     assert "Traceback" not in err
     assert (folder / "model.dsl").read_bytes() == before
+    assert (folder / "model.run" / "checkpoints" / "step-000021.pt").exists(), "the step at hand is finished and kept"
     monkeypatch.chdir(folder)
     done(*words, "--resume", "-o", "resumed.dsl")
     done(*words, "--run-dir", "other.run", "-o", "unbroken.dsl")
@@ -429,8 +432,8 @@ def test_numbers_of_a_plain_sequential_with_flat_names(tmp_path: Path, monkeypat
 
 
 def test_demo_twice_gives_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "STEPS", 30)
-    monkeypatch.setattr(demo, "SWITCH_STEPS", 30)
+    monkeypatch.setattr(demo, "STEPS", 8)
+    monkeypatch.setattr(demo, "SWITCH_STEPS", 8)
     monkeypatch.chdir(tmp_path)
     found = []
     for _ in range(2):

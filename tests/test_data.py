@@ -84,7 +84,7 @@ def test_segments_hold_the_sound_and_the_last_half_is_completed(folder):
 def test_the_report_counts_what_happened(folder):
     report = open_data(folder, SHAPE, rate=16_000).report
     assert (report.read, report.samples, report.padded, report.dropped) == (3, 6, 1, 1)
-    assert report.seconds == pytest.approx(0.59)
+    assert (report.seconds, report.rate) == (pytest.approx(0.59), 16_000)
     skipped = dict(report.skipped)
     assert list(skipped) == ["hum/broken.wav", "hum/nan.wav", "hum/short.wav"]
     assert skipped["hum/broken.wav"].startswith("not readable as audio: ")
@@ -348,6 +348,8 @@ def test_subsets_share_values_and_keep_their_columns():
     part = samples.subset([5, 150]).subset([1])
     assert (part[0].item(), part.labels, part.sources, part.names) == (150, ("common",), ("37",), ("sample[150]",))
     assert part.rms_db[0] == samples.rms_db[150]
+    assert samples.originals == tuple(range(len(samples)))
+    assert part.originals == (150,)
 
 
 def test_fingerprints_know_samples_again():

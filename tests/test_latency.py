@@ -110,7 +110,7 @@ def test_engines_with_several_layers_and_several_outputs(make: Callable[..., Eng
     held = {"nested": lambda: twice, "in a row": lambda: cascades._built("in a row"), "unet": unet}[name]()
     _, graph = host_graph(held)
     with torch.no_grad():
-        answers_on_both_routes(make(graph, 1, True), graph)
+        answers_on_both_routes(make(graph, 1, False), graph)
 
 
 def test_a_network_that_does_not_compile_is_a_sentence(net, monkeypatch):

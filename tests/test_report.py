@@ -73,7 +73,10 @@ CALIBRATION = Calibration(
 
 def history() -> History:
     falling = tuple(np.exp(-np.arange(400) / 90).tolist())
-    data = {"light": {"samples": 300, "sources": 30}, "switch": {"samples": 100, "sources": 10}}
+    data = {
+        "light": {"samples": 300, "originals": 100, "sources": 30},
+        "switch": {"samples": 100, "originals": 100, "sources": 10},
+    }
     phases = (Phase("light", {"total": falling, "light": falling}, 12.2), Phase("switch", {"total": falling}, 2.0))
     return History(phases, ((1.0,),), 0.31, True, True, {}, data, ("something to know",))
 

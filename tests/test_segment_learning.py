@@ -22,13 +22,13 @@ from dslify.errors import DataError, OptionError
 from dslify.functional import copied
 from dslify.gate import GatedMaskObjective
 from dslify.gather import SwitchObjective
-from dslify.joint import training_network
 from dslify.losses import difference, dsl_loss
 from dslify.observe import Observations, collect
 from dslify.resampling import spearman
 from dslify.samples import QUIETEST_DB, Samples
 from dslify.segmented import segment_positions
 from dslify.switch import DSLayer, dsl_layers, route
+from dslify.training_network import training_network
 
 SEGMENT, COUNT = 256, 6  # samples in a segment, segments in a clip
 FRAMES = 16  # of a segment, at the cut and at the output

@@ -233,7 +233,7 @@ def test_sound_of_any_rate_is_read_and_a_broken_file_is_named(sound_folder):
     assert [r.label for r in find_recordings(sound_folder / "list.csv", "valid")] == ["v"]
 
 
-FIXED = ["--batch", "6", "--length", "8000", "--save-every", "1", "--seed", "3"]
+FIXED = ["--batch", "6", "--length", "4000", "--save-every", "1", "--seed", "3"]
 
 
 @pytest.fixture(autouse=True)

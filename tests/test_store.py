@@ -87,7 +87,7 @@ def halve(net: nn.Module, batch: Tensor) -> None:
 
 def test_networks_of_the_zoo_come_back_bit_for_bit(inserted, tmp_path):
     network: Network = inserted.network
-    net = inserted.net(0.25)
+    net = inserted.net(0.1)
     path = dslify.save(net, tmp_path / "model.dsl")
     before = torch.get_rng_state()
     again = dslify.load(path, into=inserted.original if network.scope else None)

@@ -113,19 +113,19 @@ def resnet18() -> nn.Module:
     return timm.create_model("resnet18")
 
 
-def vit() -> nn.Module:
+def vit(depth: int = 4) -> nn.Module:
     import timm
 
-    return timm.create_model("vit_tiny_patch16_224", depth=4)
+    return timm.create_model("vit_tiny_patch16_224", depth=depth)
 
 
-def wav2vec2() -> nn.Module:
+def wav2vec2(layers: int = 3) -> nn.Module:
     from torchaudio.models import wav2vec2_model
 
     return wav2vec2_model(
         extractor_mode="layer_norm", extractor_conv_layer_config=[(32, 10, 5), (32, 3, 4), (32, 2, 4)],
         extractor_conv_bias=False, encoder_embed_dim=64, encoder_projection_dropout=0.0, encoder_pos_conv_kernel=16,
-        encoder_pos_conv_groups=4, encoder_num_layers=3, encoder_num_heads=4, encoder_attention_dropout=0.0,
+        encoder_pos_conv_groups=4, encoder_num_layers=layers, encoder_num_heads=4, encoder_attention_dropout=0.0,
         encoder_ff_interm_features=128, encoder_ff_interm_dropout=0.0, encoder_dropout=0.0,
         encoder_layer_norm_first=False, encoder_layer_drop=0.0, aux_num_out=None,
     )  # fmt: skip

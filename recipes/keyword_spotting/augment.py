@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHIFT = 1600  # samples either way: 0.1 s
-QUIETER, LOUDER = -15.0, 3.0  # dB
-NOISY = 0.6  # share of the clips that get noise
+QUIETER, LOUDER = -12.0, 3.0  # dB
+NOISY = 0.5  # share of the clips that get noise
 NEAR, FAR = 0.0, 25.0  # dB, of the clip above the noise
-SLOWEST, FASTEST = 0.86, 1.16  # of the speed
+SLOWEST, FASTEST = 0.88, 1.14  # of the speed
 LEVEL = 0.05  # root mean square of a sound that is made
 QUIET = 1e-5  # root mean square under which a noise counts as silence
-BANDS, FRAMES = 8, 8  # most mel bands and frames that SpecAugment blanks at once (arXiv 1904.08779)
-BLANKS = 2  # of either
+BANDS, FRAMES = 7, 7  # most mel bands and frames that SpecAugment blanks at once (arXiv 1904.08779)
+BLANKS = 1  # of either
 
 
 def varied(sound: Tensor, noises: Tensor, generator: torch.Generator) -> Tensor:

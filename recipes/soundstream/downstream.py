@@ -24,9 +24,9 @@ import dslify
 from dslify.errors import DataError
 from dslify.resampling import Resample
 from dslify.samples import show_progress
+from recipes.claims import Line
 from recipes.soundstream.routes import FRAMES
 from recipes.soundstream.tasks import Clips, Task, keywords, moved, speakers
-from recipes.soundstream.verdict import Line
 from recipes.soundstream.work import MAIN, SEGMENT, SPEECH_SHARE, Work
 
 WORDS = {"keywords": "which keyword was said", "speakers": "how many speak at once"}

@@ -7,59 +7,28 @@ from is not run again. So a run that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.markdown import Markdown
 
-from dslify.errors import DataError, DslifyError, OptionError
+from dslify.errors import DataError, DslifyError
+from recipes import stages
 from recipes.soundstream import tables, visqol
 from recipes.soundstream.model import CHECKPOINT
 from recipes.soundstream.work import Work
 
-SETTINGS = "settings.json"
 
+class Stage(stages.Stage):
+    """A stage of this recipe."""
 
-@dataclass(frozen=True)
-class Stage:
-    """One step. module: of recipes.soundstream, with `run(work) -> dict`.
+    page = tables.PAGE
 
-    output: the file that is there once it has run. needs: outputs of other stages that it is made from.
-    """
-
-    name: str
-    module: str
-    output: str
-    needs: tuple[str, ...] = ()
-
-    def run(self, work: Work) -> dict[str, Any]:
-        run: Callable[[Work], dict[str, Any]] = import_module(f"recipes.soundstream.{self.module}").run
-        return run(work)
-
-    def summary(self, found: dict[str, Any]) -> list[Any]:
-        """What rich prints of its result: its part of tables.md; of the last stage, the verdict."""
-        if self.name == "tables":
-            return tables.summary(found)
-        parts = [(title, write) for title, name, write in tables.PAGE if f"{name}.json" == self.output]
-        return [Markdown(f"### {title}\n\n{write(found)}") for title, write in parts]
-
-    def fresh(self, work: Work) -> bool:
-        """Whether the output is there and newer than the settings, the codec, the data and the stages before."""
-        output = work.folder / self.output
-        if not output.is_file():
-            return False
+    def made_from(self, work: Work) -> list[Path]:
         checkpoint = Path(os.environ.get("SOUNDSTREAM_CHECKPOINT", CHECKPOINT))
-        sources = [work.folder / SETTINGS, checkpoint, *(work.folder / name for name in self.needs)]
-        sources += [folder / "manifest.csv" for folder in (work.data, work.keywords) if folder is not None]
-        return all(output.stat().st_mtime >= one.stat().st_mtime for one in sources if one.exists())
+        return [checkpoint, *(folder / "manifest.csv" for folder in (work.data, work.keywords) if folder is not None)]
 
 
 STAGES = (
@@ -83,38 +52,8 @@ def checked(work: Work) -> None:
             raise DataError(
                 f"{option} {folder} {found}; a folder with manifest.csv and the files it names is expected."
             )
-    if not work.seeds or min(work.seeds) < 0 or len(set(work.seeds)) < len(work.seeds):
-        raise OptionError(f"--seeds are different numbers from 0 on, got {' '.join(map(str, work.seeds)) or 'none'}.")
-    if work.threads < 1:
-        raise OptionError(f"--threads has to be at least 1, got {work.threads}.")
-    if work.folder.exists() and not work.folder.is_dir():
-        raise OptionError(f"--work {work.folder} is a file; a folder to write to is expected.")
+    stages.check_options(work, work.seeds, work.threads)
     visqol.required()
-
-
-def remember(work: Work) -> None:
-    """Keep the settings in the work folder; what was made with others is older than the file then, so made again."""
-    told = {"data": str(work.data), "keywords": str(work.keywords), "seeds": list(work.seeds)}
-    path = work.folder / SETTINGS
-    if not path.is_file() or path.read_text() != json.dumps(told, indent=1) + "\n":
-        work.write(SETTINGS, told)
-
-
-def evaluate(work: Work, stages: Sequence[Stage], again: bool, console: Console) -> None:
-    """Run the stages in their order and show what each found; skip fresh ones unless `again`."""
-    checked(work)
-    remember(work)
-    for stage in stages:
-        began = time.perf_counter()
-        if stage.fresh(work) and not again:
-            console.print(f"[bold]{stage.name}[/]: {work.folder / stage.output} is up to date", highlight=False)
-            continue
-        console.print(f"[bold]{stage.name}[/] ...", highlight=False)
-        found = stage.run(work)
-        seconds = time.perf_counter() - began
-        console.print(f"[bold]{stage.name}[/]: {work.folder / stage.output}, {seconds:.0f} s", highlight=False)
-        for part in stage.summary(found):
-            console.print(part)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = Work(given.data, given.work, given.keywords, tuple(given.seeds), given.threads)
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
     try:
-        evaluate(work, [one for one in STAGES if one.name in (given.only or names)], given.again, console)
+        checked(work)
+        settings = {"data": str(work.data), "keywords": str(work.keywords), "seeds": list(work.seeds)}
+        stages.remember(work, settings)
+        stages.run_stages(work, [one for one in STAGES if one.name in (given.only or names)], given.again, console)
     except DslifyError as error:
         print(error, file=sys.stderr)
         return 2

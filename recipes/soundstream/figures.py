@@ -12,19 +12,17 @@ The paper's figures are known here by what its text says of them; ours show the 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from dslify.errors import DataError
 from dslify.files import written_whole
 from dslify.samples import show_progress
 from dslify.tables import percent
+from recipes.pictures import FAINT, INK, picture
 from recipes.soundstream.clips import RATE, Clip, read_clips
 from recipes.soundstream.curves import (
     BETAS,
@@ -46,41 +44,13 @@ from recipes.soundstream.routes import Heard
 from recipes.soundstream.work import MAIN, SEGMENT, Work
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
-FULL, LIGHT, INK, FAINT = "#44618a", "#d9691e", "#1f2328", "#8b949e"
+FULL, LIGHT = "#44618a", "#d9691e"
 SHADES = (FULL, LIGHT, "#2f8f6b", "#8a5aa8", INK)
 LINES = (":", "-", "--", "-.", "-")
 SECOND = SEGMENT / RATE
 MASK_WORDS = {"channel": "one factor for each channel", "activation": "thresholds on the activation"}
-
-
-@contextmanager
-def picture(path: Path, panels: int, size: tuple[float, float], title: str) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with panels side by side, written as PNG at the end. Raises DataError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise DataError("Pictures need matplotlib: pip install 'dslify[soundstream]'.") from error
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT,
-        "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False, "legend.fontsize": 8,
-        "axes.titlesize": 9, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e9ed", "grid.linewidth": 0.7,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, dpi=110, layout="constrained")
-        figure.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left")
-        yield figure, list(np.atleast_1d(figure.subplots(1, panels)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        colours = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(128, dither=Image.Dither.NONE)
-        with written_whole(path) as temporary:
-            colours.save(temporary, format="PNG", optimize=True)
 
 
 def write_rows(path: Path, rows: Rows) -> None:

@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -34,9 +31,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-import recipes
-from dslify.errors import DataError, DslifyError, TrainError
+from dslify.errors import DataError, DslifyError
 from dslify.files import written_whole
+from recipes.commands import dslify
 from recipes.soundstream.model import CUT
 from recipes.soundstream.spectral import ReconstructionLoss
 from recipes.soundstream.train import TERM_WEIGHTS
@@ -129,20 +126,6 @@ def retrofit(work: Work, name: str, seed: int, joint: bool = False) -> dict[str,
 def together() -> tuple[str, ...]:
     """Options of `dslify finetune` for a first phase in which the whole codec learns with the layer."""
     return ("--joint", MODEL, "--task-loss", LOSS, "--joint-steps", str(JOINT_STEPS), "--joint-lr", str(JOINT_RATE))
-
-
-def dslify(threads: int, command: str, *options: str) -> dict[str, Any]:
-    """One public command in a process of its own -> the document that it prints. Raises TrainError."""
-    words = [sys.executable, "-m", "dslify", command, *options, "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    if path := os.environ.get("SOUNDSTREAM_CHECKPOINT"):
-        environment["SOUNDSTREAM_CHECKPOINT"] = str(Path(path).resolve())
-    root = Path(recipes.__file__).parents[1]  # where `recipes` is found even if it is not installed
-    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
-        raise TrainError(f"dslify {shlex.join((command, *options))} failed: {said}")
-    return json.loads(done.stdout)
 
 
 def divide(data: Path, folder: Path) -> None:

@@ -35,8 +35,8 @@ from dslify.runtime.stream import Stream
 from dslify.samples import show_progress
 from dslify.split_stream import base_of
 from dslify.tables import percent
+from recipes.claims import Line
 from recipes.soundstream.sound import Sound, find_recordings
-from recipes.soundstream.verdict import Line
 from recipes.soundstream.work import SEGMENT, SILENCE_SHARE, SPEECH_SHARE, Work
 
 KINDS = ("speech", "silence", "ambient")

@@ -5,40 +5,16 @@ A stage that has not run yet leaves a sentence that says which one; nothing is f
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
-from dslify.files import written_whole
-from dslify.tables import figure, human, percent, plain_table, with_interval
+from dslify.tables import human, percent
+from recipes.pages import Found, Page, cell, markdown, score
 from recipes.soundstream.downstream import WORDS, points_of
 from recipes.soundstream.work import Work
 
-STAGES = {
-    "variants": "retrofit", "quality": "quality", "downstream": "downstream", "latency": "latency",
-    "figures": "figures",
-}  # fmt: skip
 PAPER_MS = {"full": 14.74, "light": 9.86, "mixed, 80 % light": 10.84, "mixed, 30 % light": 13.28}  # on an A32 core
 PAPER_VISQOL = {"silence": (4.51, 4.50), "speech": (4.35, 4.34)}  # full, mixed
 PAPER_SPEAKERS = {"full": 0.897, "light": 0.943, "mixed": 0.963}
-
-Found = Mapping[str, Any]
-
-
-def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is words, the others numbers."""
-    lines = ["| " + " | ".join(headers) + " |", "|---|" + "---:|" * (len(headers) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def _with(one: Found, write: Callable[[float | None], str] = figure) -> str:
-    return with_interval(one["value"], one.get("interval") or one.get("range"), write)
-
-
-def _score(number: float | None) -> str:
-    return "-" if number is None else f"{number:.3f}"
 
 
 def quality(found: Found) -> str:
@@ -49,11 +25,11 @@ def quality(found: Found) -> str:
             one = routes[name]
             paper = dict(zip(("full", "mixed"), PAPER_VISQOL.get(kind, ()), strict=False)).get(name)
             rows.append(
-                (f"{kind}, {name}", percent(one["share_light"]["value"]), _with(one["visqol"], _score),
-                 f"{paper:.2f}" if paper else "", _with(one["log_mel_db"]))
+                (f"{kind}, {name}", percent(one["share_light"]["value"]), cell(one["visqol"], score),
+                 f"{paper:.2f}" if paper else "", cell(one["log_mel_db"]))
             )  # fmt: skip
     over = [
-        (f"{kind}, {name}", _with(one, lambda number: "-" if number is None else f"{number:+.3f}"))
+        (f"{kind}, {name}", cell(one, lambda number: "-" if number is None else f"{number:+.3f}"))
         for kind, pairs in found["over"].items()
         for name, one in pairs.items()
     ]
@@ -65,12 +41,12 @@ def quality(found: Found) -> str:
 def switch(found: Found) -> str:
     """What the switch knows, beside loudness, and where it sends pauses and speech."""
     ranks = [
-        (f"{level}, {name}", *(_with(one[which], _score) for which in ("switch", "loudness", "switch over loudness")))
+        (f"{level}, {name}", *(cell(one[which], score) for which in ("switch", "loudness", "switch over loudness")))
         for level, sets in found["spearman"].items()
         for name, one in sets.items()
     ]
     shares = [
-        (place, *(_with(found[f"share_at_{name}"][place], percent) for name in ("speech", "silence")))
+        (place, *(cell(found[f"share_at_{name}"][place], percent) for name in ("speech", "silence")))
         for place in ("speech", "pause", "edge")
     ]
     headers = ("Spearman with the actual difference", "switch", "loudness", "switch - loudness")
@@ -86,8 +62,8 @@ def downstream(found: Found) -> str:
             gap = task["difference"].get(way)
             paper = PAPER_SPEAKERS.get(way) if name == "speakers" else None
             rows.append(
-                (f"{WORDS[name]}, {way}", _with(one, lambda value: percent(value, 1)),
-                 "" if gap is None else _with(gap, points_of), "" if paper is None else percent(paper, 1))
+                (f"{WORDS[name]}, {way}", cell(one, lambda value: percent(value, 1)),
+                 "" if gap is None else cell(gap, points_of), "" if paper is None else percent(paper, 1))
             )  # fmt: skip
     headers = ("task, path of the encoder", "accuracy", "points over full, same clips", "the paper's")
     notes = [
@@ -104,8 +80,8 @@ def variants(found: Found) -> str:
     """The light paths side by side."""
     rows = [
         (f"{name}: {one['words']}", f"{one['params']:,}", f"{one['fewer']['params']:.1f}x", human(one["macs"]),
-         f"{one['fewer']['macs']:.1f}x", _with(one["difference"]["test"]), _with(one["switch"]["speech"], _score),
-         _with(one["loudness"]["speech"], _score))
+         f"{one['fewer']['macs']:.1f}x", cell(one["difference"]["test"]), cell(one["switch"]["speech"], score),
+         cell(one["loudness"]["speech"], score))
         for name, one in found["variants"].items()
     ]  # fmt: skip
     rows.append(("*the paper's*", "3,104", "20.9x", "440 k", "12.3x", "", "", ""))
@@ -154,77 +130,33 @@ def lengths(found: Found) -> str:
     return markdown(("segment", *(f"{name}: time, saved" for name in names)), rows)
 
 
-HOLDS = {True: "holds", False: "does not hold", None: "not judged"}
-
-
-def verdict(found: Mapping[str, Found | None]) -> str:
-    """Every claim with its value, its bound and whether it holds."""
-    rows = []
-    for content in found.values():
-        for line in (content or {}).get("verdict", ()):
-            said = HOLDS[line["holds"]] if line["holds"] else f"**{HOLDS[line['holds']]}**"
-            words = f"{said}; {line['words']}" if line["words"] else said
-            rows.append((line["what"], _with(line, _score), _bound(line), words))
-    return markdown(("what it has to show", "value", "bound", ""), rows)
-
-
-def _bound(line: Found) -> str:
-    return f"{line['sign']} {line['bound']:g}"
-
-
-PAGE: tuple[tuple[str, str, Callable[[Found], str]], ...] = (
-    ("What routing saves (the paper's Table 1)", "latency", streams),
-    ("Segments of other lengths", "latency", lengths),
-    ("Quality", "quality", quality),
-    ("What the switch knows", "quality", switch),
-    ("Light paths side by side", "variants", variants),
-    ("Downstream tasks", "downstream", downstream),
+PAGE = Page(
+    "soundstream",
+    stages={
+        "variants": "retrofit",
+        "quality": "quality",
+        "downstream": "downstream",
+        "latency": "latency",
+        "figures": "figures",
+    },
+    sections=(
+        ("What routing saves (the paper's Table 1)", "latency", streams),
+        ("Segments of other lengths", "latency", lengths),
+        ("Quality", "quality", quality),
+        ("What the switch knows", "quality", switch),
+        ("Light paths side by side", "variants", variants),
+        ("Downstream tasks", "downstream", downstream),
+    ),
+    pictures={
+        "routed_sound": "Which segments of a sound take which path (the paper's Fig. 3)",
+        "share_and_quality": "Share light and quality against the threshold, by kind of sound (Fig. 4)",
+        "mask_sparsity": "Zeros at the cut while a mask trains, for several beta (Fig. 6)",
+        "predicted_actual": "Predicted against actual difference, and the error over training (Fig. 7)",
+        "earlier_cuts": "Correlation of the two for layers at earlier cuts (Fig. 8)",
+    },
 )
-PICTURES = {
-    "routed_sound": "Which segments of a sound take which path (the paper's Fig. 3)",
-    "share_and_quality": "Share light and quality against the threshold, by kind of sound (Fig. 4)",
-    "mask_sparsity": "Zeros at the cut while a mask trains, for several beta (Fig. 6)",
-    "predicted_actual": "Predicted against actual difference, and the error over training (Fig. 7)",
-    "earlier_cuts": "Correlation of the two for layers at earlier cuts (Fig. 8)",
-}
-
-
-def page(found: Mapping[str, Found | None]) -> str:
-    """The whole of tables.md. found: what each stage wrote, by STAGES; None where it has not."""
-    parts = ["# What the recipe shows\n\n" + verdict(found)]
-    for name, stage in STAGES.items():
-        if found[name] is None:
-            parts[0] += f"\n\nNothing of the stage `{stage}` yet: run {_command(stage)}."
-    for title, name, write in PAGE:
-        content = found[name]
-        text = write(content) if content is not None else f"Not there yet: run {_command(STAGES[name])}."
-        parts.append(f"## {title}\n\n{text}")
-    if found["figures"] is not None:
-        pictures = "\n\n".join(f"![{text}](figures/{name}.png)\n\n{text}." for name, text in PICTURES.items())
-        parts.append(f"## Figures\n\n{pictures}")
-    return "\n\n".join(parts) + "\n"
-
-
-def _command(stage: str) -> str:
-    return f"`python -m recipes.soundstream.evaluate --only {stage}`"
 
 
 def run(work: Work) -> dict[str, Any]:
     """What the other stages wrote -> tables.md; returns the lines of the verdict and which stages are missing."""
-    found = {
-        name: json.loads(path.read_text()) if (path := work.folder / f"{name}.json").is_file() else None
-        for name in STAGES
-    }
-    work.folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(work.folder / "tables.md") as temporary:
-        temporary.write_text(page(found))
-    lines = [line for content in found.values() for line in (content or {}).get("verdict", ())]
-    return {"verdict": lines, "missing": [stage for name, stage in STAGES.items() if found[name] is None]}
-
-
-def summary(found: Found) -> list[Table]:
-    """The verdict for a terminal."""
-    table = plain_table("what it has to show", "value", "bound", "")
-    for line in found["verdict"]:
-        table.add_row(line["what"], _with(line, _score), _bound(line), HOLDS[line["holds"]])
-    return [table]
+    return PAGE.write(work.folder)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from dslify.tables import figure, human, plain_table, signed
-from recipes.soundstream.verdict import Line
+from recipes.claims import Line
 from recipes.soundstream.work import MAIN
 
 FEWER_PARAMETERS, FEWER_MACS = 20.0, 12.3  # than the full path: the paper's light path

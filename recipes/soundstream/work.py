@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 import dslify
-from dslify.errors import DataError
-from dslify.files import written_whole
 from recipes.soundstream.model import SoundStream, pretrained
+from recipes.stages import WorkFolder
 
 SEGMENT = 5120  # samples that are routed together: 0.32 s, 16 frames of the embedding
 MAIN = "shallow"  # the light path that the tables are about; the others are compared with it
@@ -23,14 +18,12 @@ SPEECH_SHARE, SILENCE_SHARE = 0.30, 0.80  # what the two thresholds send light: 
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(WorkFolder):
     """One evaluation. data: sound like codec16k, keywords: words like kws16k, folder: for everything that is made.
 
     threads: of torch, in each process.
     """
 
-    data: Path
-    folder: Path
     keywords: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     threads: int = 1
@@ -50,18 +43,3 @@ class Work:
     def thresholds(self, variant: str = MAIN, seed: int = 0) -> dict[str, float]:
         """By "speech" (SPEECH_SHARE of validation speech goes light) and "silence" (SILENCE_SHARE of silence)."""
         return {name: float(value) for name, value in self.read(f"thresholds/{variant}-{seed}.json").items()}
-
-    def read(self, name: str) -> Any:
-        """A JSON file below the folder. Raises DataError where it is missing: run the stage that writes it."""
-        path = self.folder / name
-        if not path.is_file():
-            raise DataError(f"{path} is missing; run the stage that writes it, or all of them.")
-        return json.loads(path.read_text())
-
-    def write(self, name: str, content: Mapping[str, Any]) -> Path:
-        """JSON below the folder, whole or not at all."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path, mark=f".{os.getpid()}") as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-        return path
