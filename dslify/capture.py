@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from .attempt import Axes, attempt, traced_copy
-from .deadline import OutOfTime
+from .deadline import OutOfTime, own_time
 from .errors import CaptureError, one_line
 from .functional import symbolic, tensors_of
 from .garbage import seldom_collected
@@ -100,7 +100,7 @@ def capture(
     inputs and outputs are registered with torch's pytree. Key-value caches are off (`use_cache=True` keeps them on).
     time_limit: seconds for all attempts. Raises CaptureError with the line that was in the way and the nearest way out.
     """
-    start = time.perf_counter()
+    start, begin = time.perf_counter(), own_time()
     kwargs = _in_order(module, dict(kwargs or {}))
     with evaluating(module), torch.no_grad(), _without_cache(module, kwargs) as uncached:
         try:
@@ -116,7 +116,7 @@ def capture(
         reason, given_up, stuck = "", "", None
         waiting: list[tuple[Dynamic, Example, tuple[Reading, ...]]] = [(*each, ()) for each in asked]
         while waiting:
-            seconds = _SHARES[min(3, len(waiting))] * (time_limit - (time.perf_counter() - start))
+            seconds = _SHARES[min(3, len(waiting))] * (time_limit - (own_time() - begin))
             dynamic, example, numbers = waiting.pop(0)
             traced = traced_copy(module)
             try:
@@ -190,7 +190,7 @@ def _calls(model: nn.Module, paths: Iterable[str], args: tuple[Any, ...], kwargs
 
 def _way_out(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inside: str | None) -> str:
     """The largest submodules without the one that was in the way, tried as far as time allows."""
-    end = time.perf_counter() + _WAY_OUT_SECONDS
+    end = own_time() + _WAY_OUT_SECONDS
     stuck = f"{inside}." if inside else ""
     size = {
         path: sum(parameter.numel() for parameter in child.parameters())
@@ -200,7 +200,7 @@ def _way_out(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i
     calls = _calls(module, sorted(size, key=lambda path: -size[path]), args, kwargs)
     found: list[str] = []
     for path, given in calls.items():
-        seconds = end - time.perf_counter()
+        seconds = end - own_time()
         if seconds < 0.5 or len(found) == 3:
             break
         if len(given) != 1 or not size[path] or any(path.startswith(f"{other}.") for other in found):

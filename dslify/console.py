@@ -208,7 +208,7 @@ def show_layer(out: Output, file: Path, net: nn.Module, explain: bool = False) -
             out.show(explanation(layer.plan))
     if kept := recorded(net):
         out.document["calibration"] = kept
-        for one in kept["layers"] or [kept]:
+        for one in [kept] if kept.get("max_lost") is not None else kept["layers"] or [kept]:
             promise = [f"promise: {one['promise']}"] if one["promise"] else []
             out.show(f"threshold {report.figure(one['threshold'])} set by {one['how']}", *promise)
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dslify
+from dslify import deadline
 from dslify.attempt import traced_copy
 from dslify.capture import _WAY_OUT_SECONDS, capture, scope_inputs
 from dslify.errors import CaptureError, CutError, OptionError
@@ -91,6 +92,22 @@ def test_a_time_limit_holds_over_all_attempts_and_names_the_line():
     assert 3 <= time.perf_counter() - start < 3 + _WAY_OUT_SECONDS
     assert not model.training
     assert capture(model.part, (torch.randn(2, 3, 4),)).dynamic.startswith("batch and length vary")
+
+
+def test_waiting_for_a_processor_does_not_count(monkeypatch):
+    begin = time.monotonic()
+    monkeypatch.setattr(deadline, "own_time", lambda: begin + (time.monotonic() - begin) / 4)
+    with deadline.limited(0.1):
+        time.sleep(0.25)  # of which a sixteenth of a second is this thread's own
+    with pytest.raises(deadline.OutOfTime), deadline.limited(0.1):
+        time.sleep(1)
+    assert 0.6 < time.monotonic() - begin < 1
+
+
+def test_time_that_the_thread_slept_counts_as_its_own():
+    begin = deadline.own_time()
+    time.sleep(0.1)
+    assert 0.05 < deadline.own_time() - begin < 10
 
 
 class Recurrent(nn.Module):
