@@ -10,7 +10,7 @@ ZOO ?=
 SURGERY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint zoo evaluate evaluate-keywords bench-codec bench-inherit bench-gc bench-surgery bench-memory bench-train bench-latency bench-routing clean
+.PHONY: help setup demo test lint zoo evaluate evaluate-keywords bench-codec bench-inherit bench-surgery bench-memory bench-train bench-latency bench-routing clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,9 +46,6 @@ bench-codec: $(STAMP)  ## the codec on a folder of real sound: make bench-codec 
 
 bench-inherit: $(STAMP)  ## inherited weights against random ones: make bench-inherit DATA=folder
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.inherit --data $(DATA)
-
-bench-gc: $(STAMP)  ## gates in a keyword network on spoken words: make bench-gc DATA=folder
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gc --data $(DATA)
 
 bench-surgery: $(STAMP)  ## side by side with the public pruner (pip install torch-pruning first)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.surgery $(SURGERY)

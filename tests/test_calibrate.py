@@ -29,6 +29,8 @@ ROUNDING = 1e-5  # float32 sums of 64 values, relative to values near 1
 class Known(nn.Module):
     """The first channel's mean over time: a score, or an error, that the test writes into the input."""
 
+    kind = "difference"
+
     def __init__(self, channel: int):
         super().__init__()
         self.channel = channel

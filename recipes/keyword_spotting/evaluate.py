@@ -37,6 +37,7 @@ class Stage(stages.Stage):
 
 STAGES = (
     Stage("gates", "gates", "gates.json"),
+    Stage("masks", "gates:run_masks", "masks.json"),
     Stage("cascade", "gates:run_cascade", "cascade.json"),
     Stage("rivals", "rivals", "rivals.json", ("gates.json",)),
     Stage("stream", "listen", "stream.json", ("gates.json", "cascade.json")),
@@ -46,8 +47,8 @@ STAGES = (
     Stage(
         "tables", "tables", "tables.md",
         (
-            "gates.json", "cascade.json", "rivals.json", "stream.json", "profile.json", "transformer.json",
-            "figures.json",
+            "gates.json", "masks.json", "cascade.json", "rivals.json", "stream.json", "profile.json",
+            "transformer.json", "figures.json",
         ),
     ),
 )  # fmt: skip

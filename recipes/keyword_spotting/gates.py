@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -23,10 +23,12 @@ from .work import CONFIDENCE, DEPTHS, HALF, MAX_LOST, Work, each
 
 BETAS = (0.0, 0.003, 0.01)  # of L_comp; at 0 there is no mask
 MAIN_BETA = 0.003
+FACTOR_BETAS = (0.003, 0.03)  # with a mask of factors
 LOOSER = (0.02, 0.05)  # other promises, for the gates of MAIN_BETA: what more loss would buy
 STEPS, SWITCH_STEPS = 300, 600  # of mask and gate together, of the gate alone
 RATE, BATCH = 0.02, 32
 CASCADE = "cascade"
+MaskKind = Literal["channel", "activation"]
 
 
 def run(work: Work) -> dict[str, Any]:
@@ -79,6 +81,26 @@ def run_cascade(work: Work) -> dict[str, Any]:
     return found
 
 
+def run_masks(work: Work) -> dict[str, Any]:
+    """The other kind of mask, a factor for each channel, at half depth with every seed -> masks.json."""
+    tasks = [(beta, seed) for beta in FACTOR_BETAS for seed in work.seeds]
+    notes = dict(zip(tasks, each(work, factors, tasks, "masks of factors"), strict=True))
+    judge = judge_of(work)
+    rows = [
+        {"at": HALF, "depth": DEPTHS[HALF], "beta": beta,
+         "figures": judge.figures(own := [notes[beta, seed] for seed in work.seeds]), "notes": own}
+        for beta in FACTOR_BETAS
+    ]  # fmt: skip
+    found = {"gates": rows}
+    work.write("masks.json", found)
+    return found
+
+
+def factors(work: Work, beta: float, seed: int) -> dict[str, Any]:
+    """One gate behind a mask of factors."""
+    return made(work, f"{HALF}-channel-{beta:g}", [HALF], beta, seed, mask="channel")[0]
+
+
 def cascade(work: Work, seed: int) -> dict[str, Any]:
     """Three gates, trained together, under one budget of lost keywords."""
     return made(work, CASCADE, list(DEPTHS), 0.0, seed)[0]
@@ -92,12 +114,13 @@ def made(
     seed: int,
     network: str = "convolutional",
     promises: Sequence[float] = (),
+    mask: MaskKind = "activation",
 ) -> list[dict[str, Any]]:
     """A network with gates behind the cuts -> its note for each promise; with the first of them (MAX_LOST when none is
     given) the network goes to `work.gate(name, seed)`."""
     begun = time.perf_counter()
     parts, plain = work.parts, work.network(network)
-    net = gated(work, plain, cuts, beta, seed)
+    net = gated(work, plain, cuts, beta, seed, mask)
     judge = Judge(plain, parts.test, parts.positive)
     notes: list[dict[str, Any]] = []
     for most in promises or (MAX_LOST,):
@@ -112,11 +135,13 @@ def made(
     return notes
 
 
-def gated(work: Work, network: nn.Module, cuts: Sequence[str], beta: float, seed: int) -> nn.Module:
+def gated(
+    work: Work, network: nn.Module, cuts: Sequence[str], beta: float, seed: int, mask: MaskKind = "activation"
+) -> nn.Module:
     """The network with trained gates, which stop nothing yet."""
     net, learn = network, work.parts.varied
     for at in cuts:
-        net = dslify.insert(net, at, light="exit", mode="gc", mask="activation", seed=seed)
+        net = dslify.insert(net, at, light="exit", mode="gc", mask=mask, seed=seed)
     dslify.finetune(
         net,
         learn,

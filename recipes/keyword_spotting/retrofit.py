@@ -57,7 +57,7 @@ class Retrofit:
     positive: str = POSITIVE
     max_lost: float = 0.02
     confidence: float = 0.95
-    beta: float = 0.03
+    beta: float = 0.003
     steps: int = 300
     switch_steps: int = 600
     copies: int = 4

@@ -94,6 +94,26 @@ def activations(found: Found) -> str:
     return f"{markdown(headers, rows)}\n\n{note}"
 
 
+def masks(found: Found) -> str:
+    """The same with a factor for each channel instead of a threshold."""
+    rows = [
+        (f"{row['depth']}, beta {row['beta']:g}", cell(_ranged(row["figures"]["weight_zeros"]), tenths),
+         cell(_ranged(row["figures"]["zeros"]), tenths), cell(_ranged(row["figures"]["bytes"]), tenths),
+         cell(_ranged(row["figures"]["negatives stopped"]), tenths),
+         cell(_ranged(row["figures"]["accuracy lost"]), points))
+        for row in found["gates"]
+    ]  # fmt: skip
+    headers = (
+        "gate",
+        "factors at zero",
+        "zeros",
+        "as sent, of dense int8",
+        "negatives stopped",
+        "accuracy lost, points",
+    )
+    return f"{markdown(headers, rows)}\n\nThe gate reads what the factors leave."
+
+
 def cascade(found: Found) -> str:
     """Three gates under one budget."""
     rows = [("all three gates", *written(_seeds(found["figures"], True)))]
@@ -181,12 +201,13 @@ def _seeds(figures: Found, interval: bool = False) -> Found:
 PAGE = Page(
     "keyword_spotting",
     stages={
-        "gates": "gates", "cascade": "cascade", "rivals": "rivals", "stream": "stream", "profile": "profile",
-        "transformer": "transformer", "figures": "figures",
+        "gates": "gates", "masks": "gates", "cascade": "cascade", "rivals": "rivals", "stream": "stream",
+        "profile": "profile", "transformer": "transformer", "figures": "figures",
     },
     sections=(
         ("Gates by depth, beta and threshold", "gates", depths),
         ("What crosses the cut", "gates", activations),
+        ("With a mask of factors", "masks", masks),
         ("Three gates in one network", "cascade", cascade),
         ("Beside other ways to stop early", "rivals", rivals),
         ("On long sound", "stream", stream),
