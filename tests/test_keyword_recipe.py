@@ -315,14 +315,20 @@ def test_gates_from_sound_to_tables(work):
 def test_tables_come_between_the_markers(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{evaluate.BEGIN}\nold\n{evaluate.END}\nafter\n")
-    evaluate.into_readme("# Title\n\nfirst\n\n## Part\n\nrows\n", readme)
+    page, drawn = tmp_path / "runs" / "tables.md", tmp_path / "runs" / "figures" / "timeline.png"
+    drawn.parent.mkdir(parents=True)
+    drawn.write_bytes(b"picture")
+    page.write_text("# Title\n\nfirst\n\n## Part\n\nrows\n")
+    evaluate.into_readme(page.parent, readme)
+    assert (tmp_path / "figures" / "timeline.png").read_bytes() == b"picture"
     text = f"before\n{evaluate.BEGIN}\nfirst\n\n### Part\n\nrows\n{evaluate.END}\nafter\n"
     assert readme.read_text() == text
-    evaluate.into_readme("# Title\n\nnew\n", readme)
+    page.write_text("# Title\n\nnew\n")
+    evaluate.into_readme(page.parent, readme)
     assert "rows" not in readme.read_text()
     readme.write_text("no markers")
     with pytest.raises(OptionError, match="lacks <!-- tables -->"):
-        evaluate.into_readme("# Title\n", readme)
+        evaluate.into_readme(page.parent, readme)
     assert readme.read_text() == "no markers"
 
 

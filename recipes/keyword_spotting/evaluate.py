@@ -67,8 +67,10 @@ def checked(work: Work) -> None:
         raise OptionError(f"--checkpoint {work.checkpoint} is no file; give what the recipe's train wrote.")
 
 
-def into_readme(page: str, readme: Path) -> None:
-    """Put the page of tables between the markers of a README. Raises OptionError where they are missing."""
+def into_readme(folder: Path, readme: Path) -> None:
+    """Put the page of tables between the markers of a README, and its pictures beside it. Raises OptionError where the
+    markers are missing."""
+    page = (folder / "tables.md").read_text()
     text = readme.read_text()
     before, found, rest = text.partition(BEGIN)
     _, ended, after = rest.partition(END)
@@ -77,6 +79,12 @@ def into_readme(page: str, readme: Path) -> None:
     below = page.partition("\n")[2].strip().replace("\n## ", "\n### ")
     with written_whole(readme) as temporary:
         temporary.write_text(f"{before}{BEGIN}\n{below}\n{END}{after}")
+    for picture in tables.PAGE.pictures:
+        drawn, beside = (place / "figures" / f"{picture}.png" for place in (folder, readme.parent))
+        if drawn.is_file() and drawn != beside:
+            beside.parent.mkdir(exist_ok=True)
+            with written_whole(beside) as temporary:
+                temporary.write_bytes(drawn.read_bytes())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stages.remember(work, told | {"checkpoint": str(work.weights())})
         stages.run_stages(work, [one for one in STAGES if one.name in (given.only or names)], given.again, console)
         if given.readme is not None:
-            into_readme((work.folder / "tables.md").read_text(), given.readme)
+            into_readme(work.folder, given.readme)
     except (DslifyError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
