@@ -4,11 +4,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the w
 
 import pytest
 import torch
+from hypothesis import settings
 
 import dslify
 from tests.zoo import ZOO
 
 torch.set_num_threads(1)
+# the same examples in every run; HYPOTHESIS_PROFILE=default looks for others
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 class Inserted:

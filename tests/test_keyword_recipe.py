@@ -281,7 +281,7 @@ def work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     write_checkpoint(network.state_dict(), tmp_path / "network.safetensors", record)
     monkeypatch.setattr(agreed, "LEARNING_COPIES", 1)
     monkeypatch.setattr(agreed, "CALIBRATION_COPIES", 1)
-    for name, value in {"DEPTHS": {"blocks.1": "1/2"}, "BETAS": (0.0, 0.03), "LOOSER": (0.5,), "STEPS": 4,
+    for name, value in {"DEPTHS": {"blocks.1": "1/2"}, "BETAS": (0.0, gates.MAIN_BETA), "LOOSER": (0.5,), "STEPS": 4,
                         "SWITCH_STEPS": 40, "MAX_LOST": 0.3}.items():  # fmt: skip
         monkeypatch.setattr(gates, name, value)
     monkeypatch.setattr(gates, "pairwise", lambda shares: [(0.0, shares[0])])
@@ -291,7 +291,7 @@ def work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
 def test_gates_from_sound_to_tables(work):
     found = gates.run(work)
     assert json.loads((work.folder / "gates.json").read_text()) == json.loads(json.dumps(found))
-    assert [(row["depth"], row["beta"]) for row in found["gates"]] == [("1/2", 0.0), ("1/2", 0.03)]
+    assert [(row["depth"], row["beta"]) for row in found["gates"]] == [("1/2", 0.0), ("1/2", gates.MAIN_BETA)]
     calibration = found["clips"]["calibration"]
     assert calibration["keywords"] == 2 * calibration["sources"]
     assert 8 < calibration["sources"] < 16
@@ -304,7 +304,7 @@ def test_gates_from_sound_to_tables(work):
         assert "at most 30 %" in note["calibration"]["promise"]
     assert found["verdict"][0]["what"] == "accuracy without gates"
     text = tables.PAGE.text({name: found if name == "gates" else None for name in tables.PAGE.stages})
-    assert "| **1/2, beta 0.03** |" in text
+    assert f"| **1/2, beta {gates.MAIN_BETA:g}** |" in text
     assert "| 1/2, at most 50 % lost |" in text
     assert "`python -m recipes.keyword_spotting.evaluate --only rivals`" in text
     columns = next(line for line in text.splitlines() if line.startswith("| gate | threshold"))

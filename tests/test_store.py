@@ -396,10 +396,11 @@ def test_an_unchanged_file_passes_the_same_way(odd, tmp_path):
 def test_a_file_that_says_no_kinds_is_one_from_before_there_were_two(odd, tmp_path):
     path = dslify.save(odd, tmp_path / "model.dsl")
     data, weights = contents(path)
-    assert (layer_in(data).pop("mask"), layer_in(data).pop("switch")) == ({"kind": "weight"}, {"kind": "difference"})
+    assert layer_in(data).pop("mask") == {"kind": "weight"}
+    assert layer_in(data).pop("switch") == {"kind": "difference", "unmasked": False}
     pack(path, json.dumps(data).encode(), write_tensors(weights))
     (layer,) = dslify.dsl_layers(dslify.load(path))
-    assert (layer.mask.kind, layer.switch.kind) == ("weight", "difference")
+    assert (layer.mask.kind, layer.switch.kind, layer.unmasked) == ("weight", "difference", False)
 
 
 def test_a_check_that_is_code_is_not_run_when_the_network_is(odd, tmp_path, monkeypatch):

@@ -99,4 +99,6 @@ def draw(work: Work, curves: dict[str, Any], others: dict[str, Any], marks: dict
             label = f"{name} (saves nothing)" if name == WHOLE else name
             panel.step(lost, 100 * one, style, where="post", color=FAINT, label=label)
         panel.set(xlabel="keywords lost, %", ylabel="negatives stopped, %", ylim=(0, 102), xlim=(-0.05, 100 * MOST))
-        panel.legend(loc="lower right", title="circles: the calibrated thresholds", title_fontsize=8)
+        panel.legend(
+            loc="upper right", bbox_to_anchor=(1, 0.92), title="circles: the calibrated thresholds", title_fontsize=8
+        )
