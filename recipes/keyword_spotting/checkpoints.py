@@ -23,7 +23,6 @@ NETWORKS: dict[str, type[KeywordNetwork] | type[KeywordTransformer]] = {
     "transformer": KeywordTransformer,
 }
 FOLDER = Path(__file__).parent
-CLASSES = 10  # of the checkpoints: no keyword, then down, eight, five, go, left, one, right, up, zero
 
 
 def build(name: str, classes: int) -> KeywordNetwork | KeywordTransformer:

@@ -32,19 +32,18 @@ from dslify.errors import DslifyError, OptionError, TrainError
 from dslify.files import written_whole
 from dslify.losses import class_balance, gate_loss
 from dslify.omega import omega
-from dslify.samples import Samples
 from dslify.schedule import positions, rate_share
 from dslify.switch import Switch
 
 from .augment import blanked, other_sounds, other_words, varied
 from .checkpoints import FOLDER, NETWORKS, build, read_checkpoint, write_checkpoint
 from .data import POSITIVE, classes, noises, sounds, split_speakers, words_of
+from .judge import logits
 from .network import BANDS, HOP, LENGTH
 
 PARTS = ("network", "average", "gates", "optimizer")  # of a trainer's state
 SMOOTHING = 0.05  # of the labels
 TEMPERATURE = 2.0  # of the teacher's and the learner's answers
-JUDGED = 100  # clips at once
 
 
 @dataclass(frozen=True)
@@ -150,13 +149,6 @@ def _divergence(logits: Tensor, told: Tensor) -> Tensor:
     return F.kl_div(mine, theirs, reduction="batchmean", log_target=True) * TEMPERATURE**2
 
 
-@torch.no_grad()
-def answers(network: nn.Module, samples: Samples) -> Tensor:
-    """Logits of all clips, (n, classes)."""
-    parts = range(0, len(samples), JUDGED)
-    return torch.cat([network(samples.batch(range(at, min(at + JUDGED, len(samples))))) for at in parts])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="recipes.keyword_spotting.train", description="Train a keyword network.")
     parser.add_argument("--data", type=Path, required=True, help="a folder with train/, valid/ and test/")
@@ -206,7 +198,7 @@ def _run(given: argparse.Namespace, settings: Settings) -> None:
                     torch.save(trainer.state(), temporary)
     network = trainer.average.module.eval()
     right = {
-        name: round(float((answers(network, part).argmax(1) == classes(part, positive)).float().mean()), 4)
+        name: round(float((logits(network, part).argmax(1) == classes(part, positive).numpy()).mean()), 4)
         for name, part in {**data, "train": learning, "calibration": calibration}.items()
     }
     record = {
